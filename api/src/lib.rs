@@ -1,0 +1,163 @@
+//! What crosses the agent's Unix socket: requests, replies and their framing.
+//!
+//! The protocol is newline-delimited JSON, one object a line. A client sends a
+//! [`Request`] and reads one [`Reply`]; a connection may carry several
+//! exchanges, one after the other. Both sides refuse a line longer than
+//! [`MAX_LINE`] bytes. `docs/socket.md` describes it for other clients.
+//!
+//! No runtime is used here: the plugin talks with blocking calls, the agent
+//! with its own.
+
+mod client;
+mod line;
+
+use std::net::IpAddr;
+
+use ferrule_model::names::Attachment;
+use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
+
+pub use client::{Client, ClientError};
+pub use line::{FrameError, decode, encode};
+
+/// Version of the protocol. It rises when a change is not understood by the
+/// other side; fields that may be left out do not raise it.
+pub const VERSION: u32 = 1;
+
+/// Longest line that either side accepts, in bytes, its newline included.
+pub const MAX_LINE: usize = 64 * 1024;
+
+/// Where the agent listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/ferrule/agent.sock";
+
+/// Where agent and plugin keep what must survive a restart, unless told otherwise.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/ferrule";
+
+/// Folder below the state folder in which the plugin leaves releases that the
+/// agent was not there to take: one file for each attachment.
+pub const RELEASE_QUEUE: &str = "releases";
+
+/// A line from client to agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// [`VERSION`] of the client.
+    pub version: u32,
+    /// What is asked for.
+    #[serde(flatten)]
+    pub call: Call,
+}
+
+impl Request {
+    /// A request of this version.
+    #[must_use]
+    pub fn new(call: Call) -> Self {
+        Self {
+            version: VERSION,
+            call,
+        }
+    }
+}
+
+/// What a client can ask for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "call", rename_all = "camelCase")]
+pub enum Call {
+    /// Lease one address of each family that the node has a pod range for.
+    ///
+    /// Asked twice for one attachment, the agent gives the same addresses.
+    Allocate {
+        /// Whom the lease is for.
+        attachment: Attachment,
+        /// The pod, where the runtime told; for people who read leases.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pod: Option<PodName>,
+    },
+    /// End the lease of an attachment. Ending one that does not exist is fine.
+    Release {
+        /// Whose lease ends.
+        attachment: Attachment,
+    },
+}
+
+/// Namespace and name of a pod, as a runtime passes them in `CNI_ARGS`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodName {
+    /// `K8S_POD_NAMESPACE`.
+    pub namespace: String,
+    /// `K8S_POD_NAME`.
+    pub name: String,
+}
+
+/// A line from agent to client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// [`VERSION`] of the agent.
+    pub version: u32,
+    /// The answer.
+    #[serde(flatten)]
+    pub answer: Answer,
+}
+
+impl Reply {
+    /// A reply of this version.
+    #[must_use]
+    pub fn new(answer: Answer) -> Self {
+        Self {
+            version: VERSION,
+            answer,
+        }
+    }
+}
+
+/// What an agent can answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "camelCase")]
+pub enum Answer {
+    /// To [`Call::Allocate`]; the lease is on disk.
+    Allocated(Allocation),
+    /// To [`Call::Release`]; the release is on disk.
+    Released,
+    /// The call failed and changed nothing.
+    Error(CallError),
+}
+
+/// The network of one attachment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Allocation {
+    /// One host address (prefix length 32 or 128) for each family, IPv4 first.
+    pub addresses: Vec<IpNetwork>,
+    /// MTU for the pod's interface, in bytes.
+    pub mtu: u32,
+}
+
+impl Allocation {
+    /// The bare addresses.
+    pub fn ips(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.addresses.iter().map(IpNetwork::ip)
+    }
+}
+
+/// Why a call failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct CallError {
+    /// For programs.
+    pub code: ErrorCode,
+    /// For people: the object, what is wrong with it, and the remedy.
+    pub message: String,
+}
+
+/// Kinds of failure that a client may want to tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ErrorCode {
+    /// The line was no request, or of a version that the agent does not speak.
+    BadRequest,
+    /// The agent cannot do it yet; ask again shortly.
+    NotReady,
+    /// Every address of a pod range is leased.
+    PoolExhausted,
+    /// The agent could not write to its disk, or another fault of its own.
+    Internal,
+}

@@ -1,0 +1,1 @@
+//! What was honoured only in part.

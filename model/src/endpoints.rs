@@ -1,0 +1,1 @@
+//! Which endpoints a frontend uses.

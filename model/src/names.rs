@@ -1,0 +1,177 @@
+//! Names that must not be confused with one another, checked where they enter.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Namespace and name of a Kubernetes object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName {
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Name within the namespace.
+    pub name: String,
+}
+
+impl ObjectName {
+    /// Puts the two together.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Why a text cannot be the name it should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// CNI specification 1.1.0, `CNI_CONTAINERID`.
+    #[error(
+        "container id {0:?} must begin with a letter or digit, go on with letters, digits, '.', '_' or '-', and have at most 256 characters"
+    )]
+    ContainerId(String),
+    /// CNI specification 1.1.0, `CNI_IFNAME`; kernel `dev_valid_name()`.
+    #[error(
+        "interface name {0:?} must have 1 to 15 bytes without '/', ':' or blanks, and not be '.' or '..'"
+    )]
+    IfName(String),
+}
+
+/// A container ID as the runtime gives it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ContainerId(String);
+
+impl ContainerId {
+    /// Longer IDs are refused: they reach file names and log lines.
+    pub const MAX_LEN: usize = 256;
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for ContainerId {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        let mut bytes = text.bytes();
+        let first = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric());
+        let rest =
+            bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+        if first && rest && text.len() <= Self::MAX_LEN {
+            Ok(Self(text))
+        } else {
+            Err(NameError::ContainerId(text))
+        }
+    }
+}
+
+impl From<ContainerId> for String {
+    fn from(id: ContainerId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Name of a network interface, valid for the kernel and for a path below `/proc/sys/net`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct IfName(String);
+
+impl IfName {
+    /// `IFNAMSIZ` less the terminating zero.
+    pub const MAX_LEN: usize = 15;
+
+    /// Wraps a name that this crate built from letters and digits itself.
+    pub(crate) fn from_derived(name: String) -> Self {
+        Self(name)
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for IfName {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        let forbidden =
+            |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+        if text.is_empty()
+            || text.len() > Self::MAX_LEN
+            || text == "."
+            || text == ".."
+            || text.chars().any(forbidden)
+        {
+            return Err(NameError::IfName(text));
+        }
+        Ok(Self(text))
+    }
+}
+
+impl From<IfName> for String {
+    fn from(name: IfName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for IfName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What an address is leased to: one interface of one container.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The runtime's ID of the pod sandbox.
+    pub container_id: ContainerId,
+    /// The interface inside the pod, usually `eth0`.
+    pub interface: IfName,
+}
+
+impl fmt::Display for Attachment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.container_id, self.interface)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_from_outside_are_checked() {
+        for good in ["a", "0123abcDEF", "cri-o_1.2"] {
+            assert!(ContainerId::try_from(good.to_owned()).is_ok(), "{good}");
+        }
+        for bad in ["", "-a", ".", "a/b", "a b", "a\n", "ä"] {
+            assert!(ContainerId::try_from(bad.to_owned()).is_err(), "{bad:?}");
+        }
+        assert!(ContainerId::try_from("a".repeat(257)).is_err());
+        for good in ["eth0", "net1", "a.b", "exactly15bytes_"] {
+            assert!(IfName::try_from(good.to_owned()).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "a:b", "a b", "a\tb", "sixteen_bytes___", "eth0/../../x"] {
+            assert!(IfName::try_from(bad.to_owned()).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! What in the kernel is ours.
+//!
+//! Every name, number and rule that answers "did Ferrule make this?" stands
+//! here and nowhere else. The risk is lopsided: to miss one of ours leaves a
+//! leftover that the next pass removes; to take another's for ours cuts its
+//! network. So each answer needs proof, and "probably" is no.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::address::FrontendAddr;
+use crate::names::{Attachment, IfName};
+
+/// The dummy device that carries the VIPs; the name that operators of
+/// kube-proxy's IPVS mode know.
+pub const VIP_DEVICE: &str = "kube-ipvs0";
+
+/// Our one nftables table, of family `inet`.
+pub const NFT_TABLE: &str = "ferrule";
+
+/// Host ends of pods' veths begin so.
+pub const HOST_VETH_PREFIX: &str = "fer";
+
+/// `rtm_protocol` of every route we make (the kernel leaves 4 to 255 to routing
+/// programs; iproute2's `rt_protos` does not list this one).
+pub const ROUTE_PROTOCOL: u8 = 101;
+
+/// Name of the host end of a pod's veth: the prefix and 60 bits of SHA-256 over
+/// the attachment in base 32, which fits the kernel's 15 bytes.
+///
+/// It is a function of the attachment alone, so that a DEL finds the device
+/// with the agent down and every record lost.
+#[must_use]
+pub fn host_veth_name(attachment: &Attachment) -> IfName {
+    const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+    let mut hash = Sha256::new();
+    hash.update(attachment.container_id.as_str());
+    hash.update([0]);
+    hash.update(attachment.interface.as_str());
+    let digest = hash.finalize();
+    let mut bits = digest
+        .iter()
+        .take(8)
+        .fold(0_u64, |bits, byte| (bits << 8) | u64::from(*byte));
+    let mut name = String::from(HOST_VETH_PREFIX);
+    for _ in HOST_VETH_PREFIX.len()..IfName::MAX_LEN {
+        let index = usize::try_from(bits & 31).unwrap_or(0);
+        name.push(char::from(ALPHABET[index]));
+        bits >>= 5;
+    }
+    IfName::from_derived(name)
+}
+
+/// `IFLA_IFALIAS` of the host end of a pod's veth: tells an operator, and the
+/// agent after a loss of its leases, whose it is.
+#[must_use]
+pub fn host_veth_alias(attachment: &Attachment) -> String {
+    format!("ferrule {} {}", attachment.container_id, attachment.interface)
+}
+
+/// Whether a link is the host end of a veth that we made for `attachment`.
+///
+/// Name *and* alias must agree; the name alone could be anybody's.
+#[must_use]
+pub fn owns_host_veth(attachment: &Attachment, name: &str, alias: Option<&str>) -> bool {
+    name == host_veth_name(attachment).as_str()
+        && alias == Some(host_veth_alias(attachment).as_str())
+}
+
+/// Whether an IPVS virtual service is ours.
+///
+/// Proof is that its address is a VIP of ours: a VIP enters the guard's set in
+/// our nft table before its first virtual service is made and leaves it after
+/// the last one is gone, so this holds across a crash at any instruction.
+/// Services selected by firewall mark never reach this question: we make none.
+#[must_use]
+pub fn owns_virtual_service(frontend: &FrontendAddr, vips: &BTreeSet<IpAddr>) -> bool {
+    vips.contains(&frontend.ip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::ContainerId;
+
+    fn attachment(container: &str, interface: &str) -> Attachment {
+        Attachment {
+            container_id: ContainerId::try_from(container.to_owned()).unwrap(),
+            interface: IfName::try_from(interface.to_owned()).unwrap(),
+        }
+    }
+
+    #[test]
+    fn host_veth_names_are_stable_and_distinct() {
+        let name = host_veth_name(&attachment("abc", "eth0"));
+        assert_eq!(name, host_veth_name(&attachment("abc", "eth0")));
+        assert_eq!(name.as_str().len(), 15);
+        assert!(name.as_str().starts_with(HOST_VETH_PREFIX));
+        assert_ne!(name, host_veth_name(&attachment("abc", "eth1")));
+        assert_ne!(
+            host_veth_name(&attachment("abc", "d")),
+            host_veth_name(&attachment("ab", "cd"))
+        );
+    }
+
+    #[test]
+    fn a_name_without_our_alias_is_not_ours() {
+        let a = attachment("abc", "eth0");
+        let name = host_veth_name(&a);
+        assert!(owns_host_veth(&a, name.as_str(), Some(&host_veth_alias(&a))));
+        assert!(!owns_host_veth(&a, name.as_str(), None));
+        assert!(!owns_host_veth(&a, name.as_str(), Some("uplink")));
+        assert!(!owns_host_veth(&a, "eth0", Some(&host_veth_alias(&a))));
+    }
+}

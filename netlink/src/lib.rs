@@ -1,0 +1,1 @@
+//! One small layer over netlink-proto.
