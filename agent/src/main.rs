@@ -1,2 +1,122 @@
-//! The agent.
-fn main() {}
+//! `ferrule-agent`: runs on each node, programs its services and hands out pod
+//! addresses.
+//!
+//! Facts come from a [`source`], go through `ferrule_model` to what is desired,
+//! and [`reconcile`] brings the kernel there. Beside that, [`server`] answers
+//! the CNI plugin from [`leases`].
+
+mod leases;
+mod pods;
+mod reconcile;
+mod server;
+mod settings;
+mod source;
+mod uplink;
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+use crate::leases::Leases;
+use crate::pods::Pods;
+use crate::reconcile::Reconciler;
+use crate::server::Server;
+use crate::settings::{CleanupSettings, Cli, Command, LogFormat, RunSettings};
+
+/// Updates that wait for the reconciler; a source that is faster waits.
+const UPDATES: usize = 16;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.log_format);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let outcome = runtime
+        .context("cannot start the runtime")
+        .and_then(|runtime| {
+            runtime.block_on(async {
+                match cli.command {
+                    Command::Run(settings) => run(settings).await,
+                    Command::Cleanup(settings) => cleanup(settings).await,
+                }
+            })
+        });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("FERRULE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+async fn run(settings: RunSettings) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    make_private_folder(&settings.state_dir)?;
+    let leases = Leases::open(&settings.state_dir.join("leases.redb"))?;
+    info!(leases = leases.count(), node = settings.node, "starting");
+    let server = Server::bind(&settings.socket)?;
+    let mtu = match settings.mtu {
+        Some(mtu) => mtu,
+        None => uplink::mtu().await,
+    };
+    let pods = Arc::new(Pods::new(leases, settings.state_dir.clone(), mtu));
+    let (sender, updates) = mpsc::channel(UPDATES);
+    let source = tokio::spawn(source::watch::run(settings.manifests.clone(), sender));
+    let reconciler = Reconciler::new(
+        settings.node.clone(),
+        settings.node_settings.clone().into(),
+        Arc::clone(&pods),
+    );
+    let reconciler = tokio::spawn(reconciler.run(updates));
+    let queue = tokio::spawn(Arc::clone(&pods).drain_queue());
+    tokio::select! {
+        () = server.serve(pods) => {}
+        _ = terminate.recv() => info!("asked to stop; services and pods stay as they are"),
+        _ = interrupt.recv() => info!("asked to stop; services and pods stay as they are"),
+        result = source => result.context("the source of manifests ended")?,
+        result = reconciler => result.context("the reconciler ended")?,
+        result = queue => result.context("the release queue ended")?,
+    }
+    Ok(())
+}
+
+async fn cleanup(settings: CleanupSettings) -> anyhow::Result<()> {
+    ferrule_datapath::cleanup(settings.node_settings.into())
+        .await
+        .context("not everything could be removed")?;
+    info!("services, VIPs and the guard of this node are removed");
+    Ok(())
+}
+
+fn make_private_folder(path: &Path) -> anyhow::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make folder {}", path.display()))
+}

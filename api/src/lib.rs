@@ -6,10 +6,11 @@
 //! [`MAX_LINE`] bytes. `docs/socket.md` describes it for other clients.
 //!
 //! No runtime is used here: the plugin talks with blocking calls, the agent
-//! with its own.
+//! with its own. The [`queue`] on disk takes what could not cross the socket.
 
 mod client;
 mod line;
+pub mod queue;
 
 use std::net::IpAddr;
 

@@ -1,1 +1,352 @@
 //! The parts of Kubernetes objects that Ferrule reads.
+//!
+//! Slim on purpose: a full `EndpointSlice` of 50 endpoints costs six times the
+//! memory. The types follow the API's JSON, `null` counts as absent, fields not
+//! named here are skipped. Sources: `core/v1` Service and Node,
+//! `discovery.k8s.io/v1` EndpointSlice.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Deserializer};
+
+use crate::address::Protocol;
+use crate::names::ObjectName;
+
+/// Label that ties an EndpointSlice to its Service.
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+
+/// Label of slices that belong to a headless Service.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+
+/// Label by which a Service asks for another proxy than the node's usual one.
+pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+
+/// The API treats `null` like a field that is not there; serde's `default` does not.
+fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+/// What all objects have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ObjectMeta {
+    /// Name within the namespace.
+    pub name: String,
+    /// Namespace; `None` in manifests means `default`, and for a Node nothing.
+    #[serde(default)]
+    pub namespace: Option<String>,
+    /// Labels.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub labels: BTreeMap<String, String>,
+    /// RFC 3339 in UTC, as the API writes it; sorts as text.
+    #[serde(default)]
+    pub creation_timestamp: Option<String>,
+}
+
+impl ObjectMeta {
+    /// Namespace and name of a namespaced object.
+    #[must_use]
+    pub fn object_name(&self) -> ObjectName {
+        ObjectName::new(self.namespace.as_deref().unwrap_or("default"), &*self.name)
+    }
+}
+
+/// `core/v1` Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Service {
+    /// Name, labels and age.
+    pub metadata: ObjectMeta,
+    /// What is asked for.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub spec: ServiceSpec,
+    /// What the cluster gave.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub status: ServiceStatus,
+}
+
+/// `ServiceSpec`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceSpec {
+    /// Kind of service; ClusterIP when absent.
+    #[serde(default, rename = "type", deserialize_with = "null_is_default")]
+    pub service_type: ServiceType,
+    /// The first cluster address, or `None` (the word) for a headless Service.
+    #[serde(default, rename = "clusterIP", deserialize_with = "null_is_default")]
+    pub cluster_ip: String,
+    /// All cluster addresses, one for each family.
+    #[serde(default, rename = "clusterIPs", deserialize_with = "null_is_default")]
+    pub cluster_ips: Vec<String>,
+    /// Addresses that the operator routes to the nodes.
+    #[serde(default, rename = "externalIPs", deserialize_with = "null_is_default")]
+    pub external_ips: Vec<String>,
+    /// `ClientIP` or `None` (the word).
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub session_affinity: String,
+    /// `Cluster` or `Local`, for clients in the cluster.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub internal_traffic_policy: String,
+    /// Ports.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub ports: Vec<ServicePort>,
+}
+
+/// `ServiceSpec.type`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum ServiceType {
+    /// Reached inside the cluster.
+    #[default]
+    ClusterIP,
+    /// Also through a port of each node.
+    NodePort,
+    /// Also through an address of a load balancer.
+    LoadBalancer,
+    /// A DNS name; nothing for a proxy to do.
+    ExternalName,
+}
+
+/// `ServicePort`. The target port is not read: the number in the slice wins.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServicePort {
+    /// Name, empty where the Service has a single port without one.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub name: String,
+    /// Transport protocol.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub protocol: Protocol,
+    /// Port on the VIP.
+    pub port: u16,
+    /// Port on the nodes, 0 for none.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub node_port: u16,
+}
+
+/// `ServiceStatus`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceStatus {
+    /// What the load balancer gave.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub load_balancer: LoadBalancerStatus,
+}
+
+/// `LoadBalancerStatus`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct LoadBalancerStatus {
+    /// Entry points.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub ingress: Vec<LoadBalancerIngress>,
+}
+
+/// `LoadBalancerIngress`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct LoadBalancerIngress {
+    /// Address of the load balancer, empty where it has only a name.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub ip: String,
+}
+
+/// `discovery.k8s.io/v1` EndpointSlice.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointSlice {
+    /// Name and labels; one label names the Service.
+    pub metadata: ObjectMeta,
+    /// `IPv4`, `IPv6` or `FQDN`.
+    pub address_type: AddressType,
+    /// Endpoints.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub endpoints: Vec<Endpoint>,
+    /// Ports that every endpoint of the slice has.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub ports: Vec<EndpointPort>,
+}
+
+impl EndpointSlice {
+    /// The Service that the slice belongs to, by its label.
+    #[must_use]
+    pub fn service(&self) -> Option<ObjectName> {
+        let name = self.metadata.labels.get(SERVICE_NAME_LABEL)?;
+        let namespace = self.metadata.object_name().namespace;
+        Some(ObjectName::new(namespace, name.as_str()))
+    }
+}
+
+/// `EndpointSlice.addressType`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum AddressType {
+    /// Internet Protocol version 4.
+    #[default]
+    IPv4,
+    /// Internet Protocol version 6.
+    IPv6,
+    /// Names; of no use to a proxy.
+    #[serde(rename = "FQDN")]
+    Fqdn,
+}
+
+/// `Endpoint`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Endpoint {
+    /// Addresses of one endpoint; only the first counts.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub addresses: Vec<String>,
+    /// Its state.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub conditions: EndpointConditions,
+    /// The node it runs on.
+    #[serde(default)]
+    pub node_name: Option<String>,
+}
+
+/// `EndpointConditions`; what is absent has the API's meaning, see the methods.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct EndpointConditions {
+    /// Takes new connections.
+    #[serde(default)]
+    pub ready: Option<bool>,
+    /// Answers, whether it is terminating or not.
+    #[serde(default)]
+    pub serving: Option<bool>,
+    /// Is being shut down.
+    #[serde(default)]
+    pub terminating: Option<bool>,
+}
+
+impl EndpointConditions {
+    /// Unknown counts as ready.
+    #[must_use]
+    pub fn is_ready(self) -> bool {
+        self.ready.unwrap_or(true)
+    }
+
+    /// Unknown counts as serving.
+    #[must_use]
+    pub fn is_serving(self) -> bool {
+        self.serving.unwrap_or(true)
+    }
+
+    /// Unknown counts as not terminating.
+    #[must_use]
+    pub fn is_terminating(self) -> bool {
+        self.terminating.unwrap_or(false)
+    }
+}
+
+/// `EndpointPort`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct EndpointPort {
+    /// Matched against the name of the service port.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub name: String,
+    /// Matched against the protocol of the service port.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub protocol: Protocol,
+    /// `None` means "all ports", which gives a service port no backend.
+    #[serde(default)]
+    pub port: Option<u16>,
+}
+
+/// `core/v1` Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Node {
+    /// Name and labels.
+    pub metadata: ObjectMeta,
+    /// What the cluster assigned.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub spec: NodeSpec,
+}
+
+/// `NodeSpec`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct NodeSpec {
+    /// The first pod range.
+    #[serde(default, rename = "podCIDR", deserialize_with = "null_is_default")]
+    pub pod_cidr: String,
+    /// All pod ranges, at most one for each family.
+    #[serde(default, rename = "podCIDRs", deserialize_with = "null_is_default")]
+    pub pod_cidrs: Vec<String>,
+}
+
+/// Kinds of object that Ferrule reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// `core/v1` Service.
+    Service,
+    /// `discovery.k8s.io/v1` EndpointSlice.
+    EndpointSlice,
+    /// `core/v1` Node.
+    Node,
+}
+
+impl Kind {
+    /// The kind that a manifest's `apiVersion` and `kind` name, if Ferrule reads it.
+    #[must_use]
+    pub fn from_type_meta(api_version: &str, kind: &str) -> Option<Self> {
+        match (api_version, kind) {
+            ("v1", "Service") => Some(Self::Service),
+            ("discovery.k8s.io/v1", "EndpointSlice") => Some(Self::EndpointSlice),
+            ("v1", "Node") => Some(Self::Node),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Node => "Node",
+        })
+    }
+}
+
+/// Names one object of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name; the namespace of a Node is empty.
+    pub name: ObjectName,
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Kind::Node => write!(f, "{} {}", self.kind, self.name.name),
+            Kind::Service | Kind::EndpointSlice => write!(f, "{} {}", self.kind, self.name),
+        }
+    }
+}
+
+/// One object of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    /// A Service.
+    Service(Service),
+    /// An EndpointSlice.
+    EndpointSlice(EndpointSlice),
+    /// A Node.
+    Node(Node),
+}
+
+impl Object {
+    /// The object's kind and name.
+    #[must_use]
+    pub fn key(&self) -> ObjectKey {
+        let (kind, name) = match self {
+            Self::Service(service) => (Kind::Service, service.metadata.object_name()),
+            Self::EndpointSlice(slice) => (Kind::EndpointSlice, slice.metadata.object_name()),
+            Self::Node(node) => (Kind::Node, ObjectName::new("", &*node.metadata.name)),
+        };
+        ObjectKey { kind, name }
+    }
+}

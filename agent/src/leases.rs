@@ -1,0 +1,409 @@
+//! Pod addresses: decided by `model::ipam`, made durable here.
+//!
+//! A lease is on disk before anybody hears of it, and a release is on disk
+//! before the address can be chosen again. So whatever instruction the agent
+//! dies at, no address is leased twice: at worst one is leased to a container
+//! that never came to be, whose DEL releases it.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use ferrule_api::{PodName, queue};
+use ferrule_model::ipam::{ChooseError, Ledger, PodRange};
+use ferrule_model::names::Attachment;
+use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use serde::{Deserialize, Serialize};
+use tracing::{error, info};
+
+/// Attachment (as JSON) to [`Record`] (as JSON).
+const LEASES: TableDefinition<'_, &str, &str> = TableDefinition::new("leases");
+
+/// Number of the release to the address that was released.
+const RELEASED: TableDefinition<'_, u64, &str> = TableDefinition::new("released");
+
+/// What is written about a lease.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    addresses: Vec<IpAddr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pod: Option<PodName>,
+}
+
+/// Why a lease could not be given or ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LeaseError {
+    /// No address is to be had.
+    #[error(transparent)]
+    Choose(#[from] ChooseError),
+    /// The file could not be read or written.
+    #[error("lease file {path}: {source}")]
+    Store {
+        /// The file.
+        path: PathBuf,
+        /// The fault.
+        source: redb::Error,
+    },
+    /// What stands in the file is no lease.
+    #[error("lease file {path}: entry {entry:?} is damaged: {source}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Its key.
+        entry: String,
+        /// The fault.
+        source: serde_json::Error,
+    },
+}
+
+/// The node's leases.
+#[derive(Debug)]
+pub(crate) struct Leases {
+    path: PathBuf,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    database: Database,
+    ledger: Ledger,
+}
+
+impl Leases {
+    /// Opens the file, or makes it. One process at a time can have it open.
+    ///
+    /// # Errors
+    /// When it cannot be opened or read, or another agent holds it.
+    pub(crate) fn open(path: &Path) -> Result<Self, LeaseError> {
+        let store_error = |source: redb::Error| LeaseError::Store {
+            path: path.to_owned(),
+            source,
+        };
+        let database = Database::create(path).map_err(|e| store_error(e.into()))?;
+        create_tables(&database).map_err(store_error)?;
+        let (leases, released) = load(&database).map_err(store_error)?;
+        let mut ledger = Ledger::default();
+        for (order, ip) in released {
+            if let Ok(ip) = ip.parse() {
+                ledger.record_released(ip, order);
+            }
+        }
+        for (key, value) in leases {
+            let damaged = |source| LeaseError::Damaged {
+                path: path.to_owned(),
+                entry: key.clone(),
+                source,
+            };
+            let attachment: Attachment = serde_json::from_str(&key).map_err(damaged)?;
+            let record: Record = serde_json::from_str(&value).map_err(damaged)?;
+            if let Err(error) = ledger.record_lease(attachment, record.addresses) {
+                error!(file = %path.display(), %error, "the earlier lease counts");
+            }
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            inner: Mutex::new(Inner { database, ledger }),
+        })
+    }
+
+    /// The ledger holds nothing half-done at any point where its holder could panic.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn store_error(&self, source: impl Into<redb::Error>) -> LeaseError {
+        LeaseError::Store {
+            path: self.path.clone(),
+            source: source.into(),
+        }
+    }
+
+    /// Sets the node's pod ranges and forgets releases outside of them.
+    pub(crate) fn set_ranges(&self, ranges: Vec<PodRange>) {
+        let mut inner = self.lock();
+        inner.ledger.set_ranges(ranges);
+        let forgettable: Vec<IpAddr> = inner.ledger.forgettable().collect();
+        for ip in forgettable {
+            inner.ledger.forget(ip);
+        }
+        let ranges: Vec<String> = inner
+            .ledger
+            .ranges()
+            .iter()
+            .map(|range| format!("{} ({} addresses)", range.network(), range.capacity()))
+            .collect();
+        info!(ranges = ranges.join(", "), "pod ranges");
+    }
+
+    /// Leases one address of each range; the same ones again to who has a lease.
+    ///
+    /// # Errors
+    /// [`LeaseError`]; nothing is leased then.
+    pub(crate) fn allocate(
+        &self,
+        attachment: &Attachment,
+        pod: Option<PodName>,
+    ) -> Result<Vec<IpAddr>, LeaseError> {
+        let mut inner = self.lock();
+        if let Some(addresses) = inner.ledger.lease(attachment) {
+            return Ok(addresses.to_vec());
+        }
+        let addresses = inner.ledger.choose()?;
+        let record = Record {
+            addresses: addresses.clone(),
+            pod,
+        };
+        inner
+            .write_lease(attachment, &record)
+            .map_err(|source| self.store_error(source))?;
+        if let Err(error) = inner.ledger.record_lease(attachment.clone(), addresses.clone()) {
+            error!(%error, "the ledger chose an address that is leased");
+        }
+        Ok(addresses)
+    }
+
+    /// Ends a lease. Whether there was one is returned.
+    ///
+    /// # Errors
+    /// When it could not be written; the lease then stands.
+    pub(crate) fn release(&self, attachment: &Attachment) -> Result<bool, LeaseError> {
+        let released = self.lock().release(attachment);
+        released.map_err(|source| self.store_error(source))
+    }
+
+    /// Ends a lease that the plugin asked to end by a file in the queue, and removes the file.
+    ///
+    /// Both under one lock: an ADD that uses the attachment anew withdraws the
+    /// file before it asks for a lease, so a file that is still there was not
+    /// overtaken by one (see [`queue`]).
+    ///
+    /// # Errors
+    /// When something could not be written; the file then stays.
+    pub(crate) fn release_queued(
+        &self,
+        attachment: &Attachment,
+        file: &Path,
+    ) -> anyhow::Result<()> {
+        let mut inner = self.lock();
+        if file.exists() {
+            inner
+                .release(attachment)
+                .map_err(|source| self.store_error(source))?;
+            queue::remove(file)?;
+        }
+        Ok(())
+    }
+
+    /// How many attachments have a lease.
+    pub(crate) fn count(&self) -> usize {
+        self.lock().ledger.leases().count()
+    }
+}
+
+impl Inner {
+    fn release(&mut self, attachment: &Attachment) -> Result<bool, redb::Error> {
+        let Some(addresses) = self.ledger.lease(attachment).map(<[IpAddr]>::to_vec) else {
+            return Ok(false);
+        };
+        let order = self.ledger.next_release();
+        self.write_release(attachment, &addresses, order)?;
+        self.ledger.record_release(attachment, order);
+        Ok(true)
+    }
+
+    fn write_lease(&self, attachment: &Attachment, record: &Record) -> Result<(), redb::Error> {
+        let (key, value) = (json(attachment)?, json(record)?);
+        let write = self.database.begin_write()?;
+        write.open_table(LEASES)?.insert(&*key, &*value)?;
+        {
+            // The released entries of addresses in use again have no meaning any longer.
+            let mut released = write.open_table(RELEASED)?;
+            let texts: Vec<String> = record.addresses.iter().map(ToString::to_string).collect();
+            released.retain(|_, ip| !texts.iter().any(|text| text == ip))?;
+        }
+        write.commit()?;
+        Ok(())
+    }
+
+    fn write_release(
+        &self,
+        attachment: &Attachment,
+        addresses: &[IpAddr],
+        order: u64,
+    ) -> Result<(), redb::Error> {
+        let key = json(attachment)?;
+        let write = self.database.begin_write()?;
+        write.open_table(LEASES)?.remove(&*key)?;
+        {
+            let mut released = write.open_table(RELEASED)?;
+            for (order, ip) in (order..).zip(addresses) {
+                released.insert(order, &*ip.to_string())?;
+            }
+        }
+        write.commit()?;
+        Ok(())
+    }
+}
+
+fn json<T: Serialize>(value: &T) -> Result<String, redb::Error> {
+    serde_json::to_string(value).map_err(|error| redb::Error::Io(error.into()))
+}
+
+fn create_tables(database: &Database) -> Result<(), redb::Error> {
+    let write = database.begin_write()?;
+    write.open_table(LEASES)?;
+    write.open_table(RELEASED)?;
+    write.commit()?;
+    Ok(())
+}
+
+type Stored = (Vec<(String, String)>, Vec<(u64, String)>);
+
+fn load(database: &Database) -> Result<Stored, redb::Error> {
+    let read = database.begin_read()?;
+    let mut leases = Vec::new();
+    for entry in read.open_table(LEASES)?.iter()? {
+        let (key, value) = entry?;
+        leases.push((key.value().to_owned(), value.value().to_owned()));
+    }
+    let mut released = Vec::new();
+    for entry in read.open_table(RELEASED)?.iter()? {
+        let (order, ip) = entry?;
+        released.push((order.value(), ip.value().to_owned()));
+    }
+    Ok((leases, released))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use ferrule_model::names::{ContainerId, IfName};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn attachment(number: u8) -> Attachment {
+        Attachment {
+            container_id: ContainerId::try_from(format!("c{number}")).unwrap(),
+            interface: IfName::try_from("eth0".to_owned()).unwrap(),
+        }
+    }
+
+    fn ranges() -> Vec<PodRange> {
+        ["10.1.0.0/28", "fd00:1::/124"]
+            .iter()
+            .map(|text| PodRange::parse(text).unwrap())
+            .collect()
+    }
+
+    /// What can happen to the agent, in any order.
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Add(u8),
+        Del(u8),
+        /// The process is gone and starts again from what is on disk.
+        Crash,
+        /// As before, and the disk has what it had at an earlier durable point:
+        /// the answer to the last call was never sent.
+        CrashBeforeAnswer(u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => (0_u8..24).prop_map(Step::Add),
+            4 => (0_u8..24).prop_map(Step::Del),
+            1 => Just(Step::Crash),
+            1 => (0_u8..24).prop_map(Step::CrashBeforeAnswer),
+        ]
+    }
+
+    /// What the runtime and the pods believe: who uses which addresses.
+    #[derive(Default)]
+    struct World {
+        held: BTreeMap<Attachment, Vec<IpAddr>>,
+        /// A call whose answer never came: the runtime will DEL before it uses the name again.
+        doubtful: BTreeSet<Attachment>,
+    }
+
+    fn in_use(world: &World) -> BTreeSet<IpAddr> {
+        world.held.values().flatten().copied().collect()
+    }
+
+    fn reopen(leases: &mut Option<Leases>, path: &Path) {
+        drop(leases.take());
+        let again = Leases::open(path).unwrap();
+        again.set_ranges(ranges());
+        *leases = Some(again);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+        #[test]
+        fn no_address_is_leased_twice(steps in prop::collection::vec(step(), 1..120)) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("leases.redb");
+            let mut leases = None;
+            reopen(&mut leases, &path);
+            let mut world = World::default();
+            for step in steps {
+                let open = leases.as_ref().unwrap();
+                match step {
+                    Step::Add(n) => {
+                        let who = attachment(n);
+                        let Ok(addresses) = open.allocate(&who, None) else {
+                            // Full is full: every address is held or in doubt.
+                            prop_assert!(world.held.len() + world.doubtful.len() >= 13);
+                            continue;
+                        };
+                        if let Some(held) = world.held.get(&who) {
+                            prop_assert_eq!(held, &addresses);
+                            continue;
+                        }
+                        prop_assert_eq!(addresses.len(), 2);
+                        for ip in &addresses {
+                            prop_assert!(!in_use(&world).contains(ip), "{} is in use", ip);
+                        }
+                        world.doubtful.remove(&who);
+                        world.held.insert(who, addresses);
+                    }
+                    Step::Del(n) => {
+                        let who = attachment(n);
+                        open.release(&who).unwrap();
+                        world.held.remove(&who);
+                        world.doubtful.remove(&who);
+                    }
+                    Step::Crash => reopen(&mut leases, &path),
+                    Step::CrashBeforeAnswer(n) => {
+                        let who = attachment(n);
+                        if !world.held.contains_key(&who) && open.allocate(&who, None).is_ok() {
+                            world.doubtful.insert(who);
+                        }
+                        reopen(&mut leases, &path);
+                    }
+                }
+            }
+            for (who, addresses) in &world.held {
+                prop_assert_eq!(&leases.as_ref().unwrap().allocate(who, None).unwrap(), addresses);
+            }
+        }
+    }
+
+    #[test]
+    fn an_address_rests_before_it_is_used_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let leases = Leases::open(&dir.path().join("leases.redb")).unwrap();
+        leases.set_ranges(ranges());
+        let first = leases.allocate(&attachment(1), None).unwrap();
+        leases.release(&attachment(1)).unwrap();
+        // 13 addresses in the range: the one that was released comes back last.
+        for n in 2..14 {
+            assert_ne!(leases.allocate(&attachment(n), None).unwrap()[0], first[0]);
+        }
+        assert_eq!(leases.allocate(&attachment(14), None).unwrap(), first);
+        assert!(matches!(
+            leases.allocate(&attachment(15), None),
+            Err(LeaseError::Choose(ChooseError::Exhausted { capacity: 13, .. }))
+        ));
+    }
+}

@@ -1,0 +1,140 @@
+//! What the plugin asks for: addresses of pods.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use ferrule_api::{Allocation, Answer, Call, CallError, ErrorCode, PodName, queue};
+use ferrule_model::address::Family;
+use ferrule_model::ipam::ChooseError;
+use ferrule_model::names::Attachment;
+use ipnetwork::IpNetwork;
+use std::net::IpAddr;
+use tracing::{error, info, warn};
+
+use crate::leases::{LeaseError, Leases};
+
+/// Time between two looks at the queue of releases; a release in it only holds an address back.
+const QUEUE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Answers calls about pods.
+#[derive(Debug)]
+pub(crate) struct Pods {
+    leases: Leases,
+    state_dir: PathBuf,
+    mtu: AtomicU32,
+}
+
+impl Pods {
+    pub(crate) fn new(leases: Leases, state_dir: PathBuf, mtu: u32) -> Self {
+        Self {
+            leases,
+            state_dir,
+            mtu: AtomicU32::new(mtu),
+        }
+    }
+
+    pub(crate) fn leases(&self) -> &Leases {
+        &self.leases
+    }
+
+    /// Answers one call. The disk is touched, so it is done where blocking is allowed.
+    pub(crate) async fn call(self: Arc<Self>, call: Call) -> Answer {
+        let answer = tokio::task::spawn_blocking(move || match call {
+            Call::Allocate { attachment, pod } => self.allocate(&attachment, pod),
+            Call::Release { attachment } => self.release(&attachment),
+        });
+        match answer.await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => Answer::Error(error),
+            Err(error) => {
+                error!(%error, "a call did not come to its end");
+                Answer::Error(CallError {
+                    code: ErrorCode::Internal,
+                    message: "the agent failed to answer; see its log".to_owned(),
+                })
+            }
+        }
+    }
+
+    fn allocate(&self, attachment: &Attachment, pod: Option<PodName>) -> Result<Answer, CallError> {
+        let ips = self
+            .leases
+            .allocate(attachment, pod.clone())
+            .map_err(|error| call_error(&error))?;
+        let pod = pod.map(|pod| format!("{}/{}", pod.namespace, pod.name));
+        info!(container_id = %attachment.container_id, pod, addresses = ?ips, "address leased");
+        Ok(Answer::Allocated(Allocation {
+            addresses: ips.into_iter().filter_map(host_network).collect(),
+            mtu: self.mtu.load(Ordering::Relaxed),
+        }))
+    }
+
+    fn release(&self, attachment: &Attachment) -> Result<Answer, CallError> {
+        let had_one = self
+            .leases
+            .release(attachment)
+            .map_err(|error| call_error(&error))?;
+        if had_one {
+            info!(container_id = %attachment.container_id, "address released");
+        }
+        Ok(Answer::Released)
+    }
+
+    /// Takes the releases that the plugin queued while no agent was there.
+    fn take_queued(&self) {
+        let queued = match queue::list(&self.state_dir) {
+            Ok(queued) => queued,
+            Err(error) => {
+                warn!(%error, "cannot read the queue of releases");
+                return;
+            }
+        };
+        for (path, attachment) in queued {
+            match self.leases.release_queued(&attachment, &path) {
+                Ok(_) => {
+                    info!(container_id = %attachment.container_id, "address released (queued while the agent was away)");
+                }
+                Err(error) => {
+                    warn!(container_id = %attachment.container_id, error = format!("{error:#}"), "a queued release has to wait");
+                }
+            }
+        }
+    }
+
+    /// Takes queued releases now and then, for as long as the agent runs.
+    pub(crate) async fn drain_queue(self: Arc<Self>) {
+        loop {
+            let pods = Arc::clone(&self);
+            if let Err(error) = tokio::task::spawn_blocking(move || pods.take_queued()).await {
+                error!(%error, "the queue of releases was not read to its end");
+            }
+            tokio::time::sleep(QUEUE_INTERVAL).await;
+        }
+    }
+}
+
+fn host_network(ip: IpAddr) -> Option<IpNetwork> {
+    IpNetwork::new(ip, Family::of(ip).bits()).ok()
+}
+
+fn call_error(error: &LeaseError) -> CallError {
+    let (code, remedy) = match error {
+        LeaseError::Choose(ChooseError::NoRange) => (
+            ErrorCode::NotReady,
+            "; it is taken from spec.podCIDRs of the Node object, which has not been seen",
+        ),
+        LeaseError::Choose(ChooseError::Exhausted { .. }) => (
+            ErrorCode::PoolExhausted,
+            "; remove pods, or give the node a larger pod range",
+        ),
+        LeaseError::Store { .. } | LeaseError::Damaged { .. } => {
+            (ErrorCode::Internal, "; is the disk full or read-only?")
+        }
+    };
+    CallError {
+        code,
+        message: format!("{error}{remedy}"),
+    }
+}

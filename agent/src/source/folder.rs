@@ -1,0 +1,428 @@
+//! A folder of manifests, read again where it changed.
+//!
+//! The folder holds YAML or JSON files, also in subfolders. Of two objects with
+//! one name the last in the order of paths counts, as the plan format says.
+//! What cannot be read keeps the objects it had when it could.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use ferrule_model::cluster::Event;
+use ferrule_model::kube::{Object, ObjectKey};
+use tracing::{info, warn};
+
+use super::document::{self, DocumentError};
+
+/// A larger file is refused: nobody writes it by hand.
+const MAX_FILE: u64 = 64 * 1024 * 1024;
+
+/// A file that was written less than this ago may still be half of itself.
+pub(crate) const SETTLE: Duration = Duration::from_millis(50);
+
+/// Subfolders nested deeper are refused; bounds a loop of symbolic links.
+const MAX_DEPTH: usize = 16;
+
+/// What tells a changed file from an unchanged one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    modified: (i64, i64),
+    changed: (i64, i64),
+    size: u64,
+    inode: u64,
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+            size: metadata.len(),
+            inode: metadata.ino(),
+        }
+    }
+
+    /// Whether the file was written so lately that its writer may not be done. A
+    /// time in the future (somebody set the clock back) is no reason to wait.
+    fn is_fresh(&self) -> bool {
+        let (seconds, nanoseconds) = self.modified;
+        let modified = u64::try_from(seconds)
+            .map(Duration::from_secs)
+            .unwrap_or_default()
+            + Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or_default());
+        SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH + modified)
+            .is_ok_and(|age| age < SETTLE)
+    }
+}
+
+/// One file as it was last read.
+#[derive(Debug)]
+struct File {
+    stamp: Stamp,
+    objects: BTreeMap<ObjectKey, Object>,
+    /// What is wrong with it, in words.
+    problems: Vec<String>,
+    /// Something in it could not be read and has no last good state.
+    unknown: bool,
+}
+
+/// The folder and what was last told about it.
+#[derive(Debug)]
+pub(crate) struct Folder {
+    root: PathBuf,
+    files: BTreeMap<PathBuf, File>,
+    /// Which files define an object; the last one counts.
+    definitions: BTreeMap<ObjectKey, BTreeSet<PathBuf>>,
+    complete: bool,
+}
+
+/// What a scan found.
+#[derive(Debug, Default)]
+pub(crate) struct Scan {
+    /// Differences to what was told before.
+    pub(crate) events: Vec<Event>,
+    /// Files were left for the next scan because somebody may still be writing them.
+    pub(crate) unsettled: bool,
+}
+
+impl Folder {
+    pub(crate) fn new(root: PathBuf) -> Self {
+        Self {
+            root,
+            files: BTreeMap::new(),
+            definitions: BTreeMap::new(),
+            complete: false,
+        }
+    }
+
+    /// Whether there was a moment at which everything in the folder could be read.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Compares the folder with what was last told.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed; nothing is then told as gone.
+    pub(crate) fn scan(&mut self) -> io::Result<Scan> {
+        let mut found = BTreeMap::new();
+        list(&self.root, 0, &mut found)?;
+        let gone = self.files.keys().filter(|path| !found.contains_key(*path));
+        let mut changed: Vec<(PathBuf, Option<Stamp>)> =
+            gone.map(|path| (path.clone(), None)).collect();
+        let mut unsettled = false;
+        for (path, stamp) in found {
+            if self.files.get(&path).is_some_and(|file| file.stamp == stamp) {
+                continue;
+            }
+            if stamp.is_fresh() {
+                unsettled = true;
+            } else {
+                changed.push((path, Some(stamp)));
+            }
+        }
+        let mut before = BTreeMap::new();
+        for (path, stamp) in changed {
+            let file = stamp.map(|stamp| read(&path, stamp, self.files.get(&path)));
+            self.replace(path, file, &mut before);
+        }
+        self.complete |= !unsettled && !self.files.values().any(|file| file.unknown);
+        Ok(Scan {
+            events: self.events(before),
+            unsettled,
+        })
+    }
+
+    /// Puts the new state of a file in the place of the old one; `before`
+    /// receives what each object concerned was like before this scan.
+    fn replace(
+        &mut self,
+        path: PathBuf,
+        file: Option<File>,
+        before: &mut BTreeMap<ObjectKey, Option<Object>>,
+    ) {
+        let old = self.files.get(&path).into_iter().flat_map(|f| f.objects.keys());
+        let new = file.iter().flat_map(|f| f.objects.keys());
+        let keys: BTreeSet<ObjectKey> = old.chain(new).cloned().collect();
+        for key in &keys {
+            if !before.contains_key(key) {
+                before.insert(key.clone(), self.effective(key).cloned());
+            }
+        }
+        for key in keys {
+            let defined = file.as_ref().is_some_and(|f| f.objects.contains_key(&key));
+            if defined {
+                self.definitions.entry(key).or_default().insert(path.clone());
+            } else if let Some(paths) = self.definitions.get_mut(&key) {
+                paths.remove(&path);
+                if paths.is_empty() {
+                    self.definitions.remove(&key);
+                }
+            }
+        }
+        let old_problems = self.files.get(&path).is_some_and(|f| !f.problems.is_empty());
+        match file {
+            Some(file) => {
+                for problem in &file.problems {
+                    warn!(file = %path.display(), "{problem}; its last good state stays");
+                }
+                if old_problems && file.problems.is_empty() {
+                    info!(file = %path.display(), "can be read again");
+                }
+                self.files.insert(path, file);
+            }
+            None => {
+                self.files.remove(&path);
+            }
+        }
+    }
+
+    fn effective(&self, key: &ObjectKey) -> Option<&Object> {
+        let path = self.definitions.get(key)?.last()?;
+        self.files.get(path)?.objects.get(key)
+    }
+
+    fn events(&self, before: BTreeMap<ObjectKey, Option<Object>>) -> Vec<Event> {
+        let mut events = Vec::new();
+        for (key, before) in before {
+            let now = self.effective(&key);
+            match now {
+                Some(object) if before.as_ref() != Some(object) => {
+                    events.push(Event::Applied(Box::new(object.clone())));
+                }
+                None if before.is_some() => events.push(Event::Deleted(key)),
+                Some(_) | None => {}
+            }
+        }
+        events
+    }
+
+    /// What is wrong in the folder at present: file and words.
+    pub(crate) fn problems(&self) -> impl Iterator<Item = (&Path, &str)> {
+        self.files.iter().flat_map(|(path, file)| {
+            file.problems
+                .iter()
+                .map(move |problem| (path.as_path(), problem.as_str()))
+        })
+    }
+}
+
+fn list(folder: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Stamp>) -> io::Result<()> {
+    if depth > MAX_DEPTH {
+        warn!(folder = %folder.display(), "nested too deep, not read");
+        return Ok(());
+    }
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        // Editors' and kubelet's own files begin with a dot (`..data` of a mounted ConfigMap).
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        let path = entry.path();
+        match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => list(&path, depth + 1, found)?,
+            Ok(metadata) if metadata.is_file() && is_manifest(&path) => {
+                found.insert(path, Stamp::of(&metadata));
+            }
+            Ok(_) => {}
+            // Gone since it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn is_manifest(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
+}
+
+fn read(path: &Path, stamp: Stamp, old: Option<&File>) -> File {
+    let text = if stamp.size > MAX_FILE {
+        Err(format!("has more than {MAX_FILE} bytes, split it"))
+    } else {
+        fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))
+    };
+    match text {
+        Ok(text) => from_text(&text, stamp, old),
+        Err(problem) => File {
+            stamp,
+            objects: old.map(|old| old.objects.clone()).unwrap_or_default(),
+            problems: vec![problem],
+            unknown: old.is_none_or(|old| old.unknown),
+        },
+    }
+}
+
+fn from_text(text: &str, stamp: Stamp, old: Option<&File>) -> File {
+    let parsed = document::parse(text);
+    let mut file = File {
+        stamp,
+        objects: parsed.objects.into_iter().map(|o| (o.key(), o)).collect(),
+        problems: parsed.errors.iter().map(ToString::to_string).collect(),
+        unknown: false,
+    };
+    for error in &parsed.errors {
+        file.keep_last_good(error, old);
+    }
+    file
+}
+
+impl File {
+    /// A document that is wrong keeps the object it was. Where not even its name
+    /// can be read, it may be any object that the file had and has no longer.
+    fn keep_last_good(&mut self, error: &DocumentError, old: Option<&Self>) {
+        let Some(old) = old else {
+            self.unknown = true;
+            return;
+        };
+        match &error.object {
+            Some(key) => match old.objects.get(key) {
+                Some(object) => {
+                    self.objects.entry(key.clone()).or_insert_with(|| object.clone());
+                }
+                None => self.unknown |= old.unknown,
+            },
+            None => {
+                self.unknown |= old.unknown;
+                for (key, object) in &old.objects {
+                    self.objects.entry(key.clone()).or_insert_with(|| object.clone());
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(name: &str, ip: &str) -> String {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec:\n  clusterIP: {ip}\n  \
+             ports: [{{port: 80}}]\n"
+        )
+    }
+
+    struct Fixture {
+        dir: tempfile::TempDir,
+        folder: Folder,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let folder = Folder::new(dir.path().to_owned());
+            Self { dir, folder }
+        }
+
+        /// Writes a file as if it had been written a while ago.
+        fn write(&self, name: &str, text: &str) {
+            let path = self.dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, text).unwrap();
+            let file = fs::File::options().append(true).open(&path).unwrap();
+            let ago = std::time::SystemTime::now() - SETTLE * 4;
+            file.set_modified(ago).unwrap();
+        }
+
+        fn scan(&mut self) -> Vec<String> {
+            let scan = self.folder.scan().unwrap();
+            assert!(!scan.unsettled);
+            scan.events
+                .into_iter()
+                .map(|event| match event {
+                    Event::Applied(object) => format!("+{}", object.key()),
+                    Event::Deleted(key) => format!("-{key}"),
+                })
+                .collect()
+        }
+    }
+
+    #[test]
+    fn only_what_changed_is_told() {
+        let mut f = Fixture::new();
+        f.write("a.yaml", &service("a", "10.0.0.1"));
+        f.write("sub/b.yml", &service("b", "10.0.0.2"));
+        f.write(".hidden.yaml", &service("hidden", "10.0.0.3"));
+        f.write("notes.txt", "no manifest");
+        assert_eq!(f.scan(), ["+Service default/a", "+Service default/b"]);
+        assert!(f.folder.is_complete());
+        assert!(f.scan().is_empty());
+        f.write("a.yaml", &service("a", "10.0.0.9"));
+        assert_eq!(f.scan(), ["+Service default/a"]);
+        fs::remove_file(f.dir.path().join("sub/b.yml")).unwrap();
+        assert_eq!(f.scan(), ["-Service default/b"]);
+    }
+
+    #[test]
+    fn of_two_files_with_one_object_the_last_counts() {
+        let mut f = Fixture::new();
+        f.write("1.yaml", &service("a", "10.0.0.1"));
+        f.write("2.yaml", &service("a", "10.0.0.2"));
+        assert_eq!(f.scan(), ["+Service default/a"]);
+        f.write("1.yaml", &service("a", "10.0.0.3"));
+        assert!(f.scan().is_empty(), "the first is hidden by the second");
+        fs::remove_file(f.dir.path().join("2.yaml")).unwrap();
+        assert_eq!(f.scan(), ["+Service default/a"]);
+    }
+
+    #[test]
+    fn an_object_moves_between_files_without_a_gap() {
+        let mut f = Fixture::new();
+        f.write("1.yaml", &service("a", "10.0.0.1"));
+        f.scan();
+        fs::remove_file(f.dir.path().join("1.yaml")).unwrap();
+        f.write("2.yaml", &service("a", "10.0.0.1"));
+        assert!(f.scan().is_empty());
+    }
+
+    #[test]
+    fn broken_documents_keep_their_last_good_state() {
+        let mut f = Fixture::new();
+        let (a, b) = (service("a", "10.0.0.1"), service("b", "10.0.0.2"));
+        f.write("x.yaml", &format!("{a}---\n{b}"));
+        f.scan();
+        // A field is wrong: this object stays as it was, the other one changes.
+        let wrong = a.replace("port: 80", "port: http");
+        f.write("x.yaml", &format!("{wrong}---\n{}", service("b", "10.0.0.3")));
+        assert_eq!(f.scan(), ["+Service default/b"]);
+        assert_eq!(f.folder.problems().count(), 1);
+        // The YAML is broken: nothing that was there is told as gone.
+        f.write("x.yaml", "{");
+        assert!(f.scan().is_empty());
+        // Repaired, with one of the two left.
+        f.write("x.yaml", &a);
+        assert_eq!(f.scan(), ["-Service default/b"]);
+        assert_eq!(f.folder.problems().count(), 0);
+    }
+
+    #[test]
+    fn a_folder_with_a_broken_file_from_the_start_is_not_complete() {
+        let mut f = Fixture::new();
+        f.write("a.yaml", &service("a", "10.0.0.1"));
+        f.write("b.yaml", "{");
+        assert_eq!(f.scan(), ["+Service default/a"]);
+        assert!(!f.folder.is_complete());
+        f.write("b.yaml", &service("b", "10.0.0.2"));
+        assert_eq!(f.scan(), ["+Service default/b"]);
+        assert!(f.folder.is_complete());
+        f.write("b.yaml", "{");
+        f.scan();
+        assert!(f.folder.is_complete(), "once is enough");
+    }
+
+    #[test]
+    fn a_file_that_is_being_written_waits() {
+        let mut f = Fixture::new();
+        fs::write(f.dir.path().join("a.yaml"), service("a", "10.0.0.1")).unwrap();
+        let scan = f.folder.scan().unwrap();
+        assert!(scan.unsettled && scan.events.is_empty());
+        assert!(!f.folder.is_complete());
+    }
+}

@@ -1,0 +1,25 @@
+//! Where facts about the cluster come from.
+//!
+//! A source tells [`Update`]s over a bounded channel: first everything it has,
+//! then what changes. It keeps the last good state of an object that it cannot
+//! read any longer, and never tells that something is gone unless it is.
+
+pub(crate) mod document;
+pub(crate) mod folder;
+pub(crate) mod watch;
+
+use std::time::Instant;
+
+use ferrule_model::cluster::Event;
+
+/// What a source tells at a time.
+#[derive(Debug)]
+pub(crate) struct Update {
+    /// Changes, in order.
+    pub(crate) events: Vec<Event>,
+    /// Whether everything that the source holds has been told without a doubt.
+    /// Before that nothing may be removed from the kernel.
+    pub(crate) complete: bool,
+    /// When the change was noticed.
+    pub(crate) seen: Instant,
+}

@@ -1,0 +1,1 @@
+//! How long packets of pods may be.

@@ -1,0 +1,71 @@
+//! Named points at which a test can kill the plugin.
+//!
+//! Without the cargo feature `fault-injection` nothing of this is compiled in.
+
+/// Where a verb has just got to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    not(feature = "fault-injection"),
+    expect(dead_code, reason = "only names, unless a test may ask for them")
+)]
+pub(crate) enum Step {
+    /// ADD: everything was checked, nothing made.
+    Validated,
+    /// ADD: the agent has leased the addresses.
+    Leased,
+    /// ADD: the veth pair exists, both ends down and bare.
+    LinkMade,
+    /// ADD: the pod's side is complete.
+    PodConfigured,
+    /// ADD: the host's side is complete.
+    HostConfigured,
+    /// ADD: only the result is missing.
+    BeforeResult,
+    /// DEL: the link is gone, the lease is not.
+    LinkRemoved,
+    /// DEL: the agent has ended the lease, or it is queued.
+    Released,
+}
+
+/// Every step, with its verb and name.
+#[cfg(feature = "fault-injection")]
+const STEPS: [(&str, &str, Step); 8] = [
+    ("ADD", "validated", Step::Validated),
+    ("ADD", "leased", Step::Leased),
+    ("ADD", "link-made", Step::LinkMade),
+    ("ADD", "pod-configured", Step::PodConfigured),
+    ("ADD", "host-configured", Step::HostConfigured),
+    ("ADD", "before-result", Step::BeforeResult),
+    ("DEL", "link-removed", Step::LinkRemoved),
+    ("DEL", "released", Step::Released),
+];
+
+/// Dies here, as if by `kill -9`, when `FERRULE_FAULT_STEP` names the step.
+#[cfg(feature = "fault-injection")]
+pub(crate) fn reached(step: Step) {
+    let Ok(wanted) = std::env::var("FERRULE_FAULT_STEP") else {
+        return;
+    };
+    if STEPS
+        .iter()
+        .any(|(_, name, listed)| *listed == step && *name == wanted)
+    {
+        let _ = rustix::process::kill_process(
+            rustix::process::getpid(),
+            rustix::process::Signal::KILL,
+        );
+    }
+}
+
+/// Does nothing in a release.
+#[cfg(not(feature = "fault-injection"))]
+pub(crate) fn reached(_: Step) {}
+
+/// `VERB step` a line, for `ferrule --fault-steps`.
+#[cfg(feature = "fault-injection")]
+pub(crate) fn listing() -> String {
+    STEPS
+        .iter()
+        .map(|(verb, name, _)| format!("{verb} {name}\n"))
+        .collect()
+}

@@ -1,0 +1,110 @@
+//! Into a pod's network namespace and back.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+
+use crate::failure::{Code, Failure};
+
+/// The calling thread's own namespace.
+const OWN: &str = "/proc/thread-self/ns/net";
+
+/// Why a namespace could not be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetnsError {
+    #[error(
+        "network namespace {} does not exist: the container is gone", path.display()
+    )]
+    Gone { path: PathBuf },
+    #[error("cannot open network namespace {}: {source}", path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error(
+        "network namespace {} is the node's own: a pod of the host's network gets no interface", path.display()
+    )]
+    Host { path: PathBuf },
+    #[error("cannot enter network namespace {}: {source}", path.display())]
+    Enter { path: PathBuf, source: io::Error },
+    #[error("cannot return to the node's network namespace: {source}")]
+    Return { source: io::Error },
+}
+
+impl From<NetnsError> for Failure {
+    fn from(error: NetnsError) -> Self {
+        let code = match &error {
+            NetnsError::Gone { .. } => Code::UnknownContainer,
+            NetnsError::Host { .. } | NetnsError::Enter { .. } => Code::InvalidEnvironment,
+            NetnsError::Open { .. } | NetnsError::Return { .. } => Code::Io,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+/// A pod's network namespace, and the way back to the host's.
+#[derive(Debug)]
+pub(crate) struct Netns {
+    path: PathBuf,
+    pod: File,
+    host: File,
+}
+
+impl Netns {
+    /// Opens the namespace at `path`, which must not be the one we are in.
+    pub(crate) fn open(path: &Path) -> Result<Self, NetnsError> {
+        let open_failed = |path: &Path| {
+            let path = path.to_owned();
+            |source| NetnsError::Open { path, source }
+        };
+        let pod = File::open(path).map_err(|source| {
+            if source.kind() == io::ErrorKind::NotFound {
+                NetnsError::Gone {
+                    path: path.to_owned(),
+                }
+            } else {
+                open_failed(path)(source)
+            }
+        })?;
+        let own = Path::new(OWN);
+        let host = File::open(own).map_err(open_failed(own))?;
+        let pod_id = pod.metadata().map_err(open_failed(path))?;
+        let host_id = host.metadata().map_err(open_failed(own))?;
+        if (pod_id.dev(), pod_id.ino()) == (host_id.dev(), host_id.ino()) {
+            return Err(NetnsError::Host {
+                path: path.to_owned(),
+            });
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            pod,
+            host,
+        })
+    }
+
+    /// For `IFLA_NET_NS_FD`; valid while `self` lives.
+    pub(crate) fn raw_fd(&self) -> RawFd {
+        self.pod.as_raw_fd()
+    }
+
+    /// Does `work` with the calling thread inside the pod's namespace.
+    ///
+    /// Sockets opened there stay there; `/proc/sys/net` is the pod's. A file
+    /// that is no network namespace is found out here: `setns()` refuses it.
+    pub(crate) fn inside<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
+        enter(self.pod.as_fd()).map_err(|source| NetnsError::Enter {
+            path: self.path.clone(),
+            source,
+        })?;
+        let done = work();
+        // A panic in `work` ends the process, so this is the one way out.
+        enter(self.host.as_fd()).map_err(|source| NetnsError::Return { source })?;
+        Ok(done)
+    }
+}
+
+fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    move_into_thread_name_spaces(namespace, ThreadNameSpaceType::NETWORK)
+        .map_err(io::Error::from)
+}

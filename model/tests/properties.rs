@@ -1,0 +1,319 @@
+//! What must hold for any facts in any order.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking; only the bodies of #[test] functions are exempt by configuration"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ferrule_model::address::{BackendAddr, FrontendAddr, Protocol};
+use ferrule_model::change::Change;
+use ferrule_model::cluster::{ClusterState, Event};
+use ferrule_model::desired::{Desired, Frontend, Scope};
+use ferrule_model::diff::{diff, diff_all};
+use ferrule_model::kube::{
+    AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind, Object,
+    ObjectKey, ObjectMeta, SERVICE_NAME_LABEL, Service, ServicePort, ServiceSpec,
+};
+use ferrule_model::names::ObjectName;
+use ferrule_model::observed::Observed;
+use ferrule_model::service::{Scheduler, Scheduling, VirtualService};
+use proptest::prelude::*;
+
+/// Few addresses and names, so that they collide often.
+fn vip() -> impl Strategy<Value = String> {
+    prop::sample::select(vec!["10.96.0.1", "10.96.0.2", "fd00::1", "fd00::2", "nonsense"])
+        .prop_map(str::to_owned)
+}
+
+fn protocol() -> impl Strategy<Value = Protocol> {
+    prop::sample::select(vec![Protocol::Tcp, Protocol::Udp])
+}
+
+fn service_port() -> impl Strategy<Value = ServicePort> {
+    (0..2_u8, protocol(), prop::sample::select(vec![0_u16, 53, 80])).prop_map(
+        |(name, protocol, port)| ServicePort {
+            name: format!("p{name}"),
+            protocol,
+            port,
+            node_port: 0,
+        },
+    )
+}
+
+fn service() -> impl Strategy<Value = Event> {
+    (
+        0..4_u8,
+        prop::option::of(0..3_u8),
+        prop::collection::vec(vip(), 0..3),
+        prop::collection::vec(service_port(), 0..3),
+    )
+        .prop_map(|(name, age, cluster_ips, ports)| {
+            Event::Applied(Box::new(Object::Service(Service {
+                metadata: ObjectMeta {
+                    name: format!("s{name}"),
+                    creation_timestamp: age.map(|age| format!("2026-01-0{}T00:00:00Z", age + 1)),
+                    ..ObjectMeta::default()
+                },
+                spec: ServiceSpec {
+                    cluster_ips,
+                    ports,
+                    ..ServiceSpec::default()
+                },
+                ..Service::default()
+            })))
+        })
+}
+
+fn endpoint() -> impl Strategy<Value = Endpoint> {
+    (0..4_u8, any::<bool>(), prop::option::of(any::<bool>()), any::<bool>()).prop_map(
+        |(host, v6, ready, terminating)| Endpoint {
+            addresses: vec![if v6 {
+                format!("fd00:1::{host}")
+            } else {
+                format!("10.1.0.{host}")
+            }],
+            conditions: EndpointConditions {
+                ready,
+                serving: None,
+                terminating: Some(terminating),
+            },
+            node_name: Some(format!("n{}", host % 2)),
+        },
+    )
+}
+
+fn slice() -> impl Strategy<Value = Event> {
+    (
+        0..5_u8,
+        0..4_u8,
+        any::<bool>(),
+        prop::collection::vec(endpoint(), 0..4),
+        protocol(),
+    )
+        .prop_map(|(name, service, v6, endpoints, protocol)| {
+            let ports = (0..2).map(|port| EndpointPort {
+                name: format!("p{port}"),
+                protocol,
+                port: Some(8000 + port),
+            });
+            Event::Applied(Box::new(Object::EndpointSlice(EndpointSlice {
+                metadata: ObjectMeta {
+                    name: format!("e{name}"),
+                    labels: BTreeMap::from([(
+                        SERVICE_NAME_LABEL.to_owned(),
+                        format!("s{service}"),
+                    )]),
+                    ..ObjectMeta::default()
+                },
+                address_type: if v6 { AddressType::IPv6 } else { AddressType::IPv4 },
+                endpoints,
+                ports: ports.collect(),
+            })))
+        })
+}
+
+fn deletion() -> impl Strategy<Value = Event> {
+    (any::<bool>(), 0..5_u8).prop_map(|(service, name)| {
+        let (kind, name) = if service {
+            (Kind::Service, format!("s{name}"))
+        } else {
+            (Kind::EndpointSlice, format!("e{name}"))
+        };
+        Event::Deleted(ObjectKey {
+            kind,
+            name: ObjectName::new("default", name),
+        })
+    })
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    prop::collection::vec(prop_oneof![3 => service(), 4 => slice(), 1 => deletion()], 0..40)
+}
+
+/// The model as the agent drives it.
+struct World {
+    cluster: ClusterState,
+    desired: Desired,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            cluster: ClusterState::default(),
+            desired: Desired::new("n0"),
+        }
+    }
+
+    fn take(&mut self, event: Event) -> Scope {
+        let mut scope = Scope::default();
+        for service in self.cluster.apply(event).services {
+            scope.merge(self.desired.update(&self.cluster, &service));
+        }
+        scope
+    }
+}
+
+/// The objects that a sequence of events leaves, last state of each.
+fn remaining(events: &[Event]) -> Vec<Event> {
+    let mut objects = BTreeMap::new();
+    for event in events {
+        match event {
+            Event::Applied(object) => objects.insert(object.key(), event.clone()),
+            Event::Deleted(key) => objects.remove(key),
+        };
+    }
+    objects.into_values().collect()
+}
+
+fn observed() -> impl Strategy<Value = Observed> {
+    let ip = prop::sample::select(vec!["10.96.0.1", "10.96.0.2", "10.96.0.9", "fd00::1"])
+        .prop_map(|ip| ip.parse::<IpAddr>().unwrap());
+    let addr = (ip.clone(), protocol(), prop::sample::select(vec![53_u16, 80, 99]))
+        .prop_map(|(ip, protocol, port)| FrontendAddr::new(ip, port, protocol));
+    let backend = (0..4_u8, 8000..8002_u16)
+        .prop_map(|(host, port)| BackendAddr::new(IpAddr::from([10, 1, 0, host]), port));
+    let addr = addr.boxed();
+    let service = (any::<bool>(), prop::collection::btree_map(backend, 0..3_u32, 0..4)).prop_map(
+        |(rr, servers)| VirtualService {
+            scheduling: Scheduling {
+                scheduler: Scheduler::from_name(if rr { "rr" } else { "lblc" }),
+                ..Scheduling::default()
+            },
+            servers,
+        },
+    );
+    (
+        prop::collection::btree_set(ip.clone(), 0..4),
+        prop::collection::btree_set(ip, 0..4),
+        prop::collection::btree_set(addr.clone(), 0..4),
+        prop::collection::btree_map(addr, service, 0..4),
+    )
+        .prop_map(|(guarded, bound, allowed, services)| Observed {
+            guarded,
+            bound,
+            allowed,
+            services,
+        })
+}
+
+/// What the kernel should look like, straight from the definition.
+fn wanted(desired: &Desired) -> Observed {
+    let services: BTreeMap<FrontendAddr, VirtualService> = desired
+        .frontends()
+        .filter_map(|(addr, frontend)| Some((addr, frontend.virtual_service()?)))
+        .collect();
+    Observed {
+        guarded: desired.vips().collect(),
+        bound: desired.vips().collect(),
+        allowed: services.keys().copied().collect(),
+        services,
+    }
+}
+
+/// Carries changes out on a kernel that refuses what a real one would refuse,
+/// and what would open the node.
+fn carry_out(observed: &mut Observed, changes: &[Change]) -> Result<(), TestCaseError> {
+    for change in changes {
+        match change {
+            Change::BindVip(ip) => {
+                prop_assert!(observed.guarded.contains(ip), "{change} without a guard");
+            }
+            Change::UnguardVip(ip) => {
+                prop_assert!(!observed.bound.contains(ip), "{change} while it is bound");
+            }
+            Change::UnbindVip(ip) => {
+                prop_assert!(
+                    !observed.services.keys().any(|addr| addr.ip == *ip),
+                    "{change} while it has services"
+                );
+            }
+            Change::AddService(addr, _) => {
+                prop_assert!(observed.bound.contains(&addr.ip), "{change} on an unbound VIP");
+                prop_assert!(!observed.services.contains_key(addr), "{change} twice");
+            }
+            Change::AddServer(addr, ..) | Change::UpdateServer(addr, ..) => {
+                prop_assert!(observed.services.contains_key(addr), "{change} without a service");
+            }
+            Change::RemoveServer(addr, _) => {
+                observed.record(change);
+                let left = observed.services.get(addr).map_or(0, |s| s.servers.len());
+                prop_assert!(left > 0, "{change} left the service empty");
+            }
+            Change::RemoveService(_)
+            | Change::DisallowFrontend(_)
+            | Change::GuardVip(_)
+            | Change::AllowFrontend(_)
+            | Change::UpdateService(..) => {}
+        }
+        observed.record(change);
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn facts_in_any_order_give_the_same_state(
+        events in events(),
+        order in any::<prop::sample::Index>(),
+    ) {
+        let mut told = World::new();
+        for event in &events {
+            told.take(event.clone());
+        }
+        let mut objects = remaining(&events);
+        let middle = order.index(objects.len() + 1);
+        objects.rotate_left(middle);
+        objects.reverse();
+        let mut listed = World::new();
+        for event in objects {
+            listed.take(event);
+        }
+        prop_assert_eq!(told.desired, listed.desired);
+    }
+
+    #[test]
+    fn the_diff_applied_to_what_is_observed_gives_what_is_desired(
+        events in events(),
+        observed in observed(),
+    ) {
+        let mut world = World::new();
+        for event in events {
+            world.take(event);
+        }
+        let mut kernel = observed;
+        let changes = diff_all(&world.desired, &kernel);
+        carry_out(&mut kernel, &changes)?;
+        prop_assert_eq!(&kernel, &wanted(&world.desired));
+        prop_assert_eq!(diff_all(&world.desired, &kernel), vec![]);
+    }
+
+    #[test]
+    fn a_change_at_a_time_ends_where_a_full_comparison_ends(events in events()) {
+        let mut world = World::new();
+        let mut kernel = Observed::default();
+        for event in events {
+            let scope = world.take(event);
+            let changes = diff(&world.desired, &kernel, &scope);
+            carry_out(&mut kernel, &changes)?;
+            prop_assert_eq!(&kernel, &wanted(&world.desired));
+        }
+    }
+
+    #[test]
+    fn an_address_has_one_holder_and_each_loser_is_told(events in events()) {
+        let mut world = World::new();
+        for event in events {
+            world.take(event);
+        }
+        let mut holders: BTreeSet<FrontendAddr> = BTreeSet::new();
+        for (addr, Frontend { service, .. }) in world.desired.frontends() {
+            prop_assert!(holders.insert(addr));
+            let said = world.desired.conditions_of(service);
+            let words = format!("{addr} is held by");
+            prop_assert!(!said.iter().any(|c| c.message.contains(&words)), "{:?}", said);
+        }
+    }
+}

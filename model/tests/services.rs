@@ -1,0 +1,284 @@
+//! Tables: which Service gives which frontends and backends.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking; only the bodies of #[test] functions are exempt by configuration"
+)]
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use expect_test::{Expect, expect};
+use ferrule_model::address::Protocol;
+use ferrule_model::cluster::{ClusterState, Event};
+use ferrule_model::desired::Desired;
+use ferrule_model::endpoints::BackendState;
+use ferrule_model::kube::{
+    AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, HEADLESS_LABEL, Object,
+    ObjectMeta, PROXY_NAME_LABEL, SERVICE_NAME_LABEL, Service, ServicePort, ServiceSpec,
+    ServiceType,
+};
+
+fn service(name: &str, ips: &[&str]) -> Service {
+    Service {
+        metadata: ObjectMeta {
+            name: name.to_owned(),
+            ..ObjectMeta::default()
+        },
+        spec: ServiceSpec {
+            cluster_ips: ips.iter().map(ToString::to_string).collect(),
+            ports: vec![port("", 80)],
+            ..ServiceSpec::default()
+        },
+        ..Service::default()
+    }
+}
+
+fn port(name: &str, port: u16) -> ServicePort {
+    ServicePort {
+        name: name.to_owned(),
+        port,
+        ..ServicePort::default()
+    }
+}
+
+/// `r` ready, `t` terminating and serving, `x` neither, `?` conditions unknown.
+fn endpoint(address: &str, state: char, node: &str) -> Endpoint {
+    let conditions = match state {
+        'r' => [Some(true), Some(true), Some(false)],
+        't' => [Some(false), Some(true), Some(true)],
+        'x' => [Some(false), Some(false), Some(false)],
+        _ => [None, None, None],
+    };
+    Endpoint {
+        addresses: vec![address.to_owned()],
+        conditions: EndpointConditions {
+            ready: conditions[0],
+            serving: conditions[1],
+            terminating: conditions[2],
+        },
+        node_name: Some(node.to_owned()),
+    }
+}
+
+fn slice(name: &str, service: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
+    let v6 = endpoints.iter().any(|e| e.addresses[0].contains(':'));
+    EndpointSlice {
+        metadata: ObjectMeta {
+            name: name.to_owned(),
+            labels: BTreeMap::from([(SERVICE_NAME_LABEL.to_owned(), service.to_owned())]),
+            ..ObjectMeta::default()
+        },
+        address_type: if v6 { AddressType::IPv6 } else { AddressType::IPv4 },
+        endpoints,
+        ports: vec![EndpointPort {
+            port: Some(8080),
+            ..EndpointPort::default()
+        }],
+    }
+}
+
+/// What `node-a` would program, and what it has to say.
+fn check(objects: Vec<Object>, expected: &Expect) {
+    let mut cluster = ClusterState::default();
+    let mut desired = Desired::new("node-a");
+    for object in objects {
+        for name in cluster.apply(Event::Applied(Box::new(object))).services {
+            desired.update(&cluster, &name);
+        }
+    }
+    let mut text = String::new();
+    for (addr, frontend) in desired.frontends() {
+        writeln!(text, "{addr} {} {:?}", frontend.service, frontend.action()).unwrap();
+        for (backend, how) in &frontend.backends {
+            let state = match how.state {
+                BackendState::Ready => "ready",
+                BackendState::Terminating => "terminating",
+            };
+            let place = if how.local { "local" } else { "remote" };
+            writeln!(text, "  {backend} {state} {place}").unwrap();
+        }
+    }
+    for (name, _) in cluster.services() {
+        for condition in desired.conditions_of(name) {
+            writeln!(text, "! {condition}").unwrap();
+        }
+    }
+    expected.assert_eq(&text);
+}
+
+#[test]
+fn both_families_each_with_its_own_backends() {
+    check(
+        vec![
+            Object::Service(service("web", &["10.96.0.10", "fd00::10"])),
+            Object::EndpointSlice(slice(
+                "web-4",
+                "web",
+                vec![endpoint("10.1.0.2", 'r', "node-a"), endpoint("10.1.1.2", '?', "node-b")],
+            )),
+            Object::EndpointSlice(slice(
+                "web-6",
+                "web",
+                vec![endpoint("fd00:1::2", 'r', "node-a")],
+            )),
+        ],
+        &expect![[r"
+            10.96.0.10:80/TCP default/web Balance
+              10.1.0.2:8080 ready local
+              10.1.1.2:8080 ready remote
+            [fd00::10]:80/TCP default/web Balance
+              [fd00:1::2]:8080 ready local
+        "]],
+    );
+}
+
+#[test]
+fn terminating_endpoints_serve_when_nothing_is_ready() {
+    let not_ready = |state| {
+        slice(
+            "web-4",
+            "web",
+            vec![endpoint("10.1.0.2", 't', "node-a"), endpoint("10.1.0.3", state, "node-a")],
+        )
+    };
+    check(
+        vec![
+            Object::Service(service("web", &["10.96.0.10"])),
+            Object::EndpointSlice(not_ready('x')),
+        ],
+        &expect![[r"
+            10.96.0.10:80/TCP default/web Balance
+              10.1.0.2:8080 terminating local
+        "]],
+    );
+    check(
+        vec![
+            Object::Service(service("web", &["10.96.0.10"])),
+            Object::EndpointSlice(not_ready('r')),
+        ],
+        &expect![[r"
+            10.96.0.10:80/TCP default/web Balance
+              10.1.0.3:8080 ready local
+        "]],
+    );
+}
+
+#[test]
+fn one_endpoint_in_two_slices_counts_once_and_ready_wins() {
+    check(
+        vec![
+            Object::Service(service("web", &["10.96.0.10"])),
+            Object::EndpointSlice(slice("a", "web", vec![endpoint("10.1.0.2", 't', "node-a")])),
+            Object::EndpointSlice(slice("b", "web", vec![endpoint("10.1.0.2", 'r', "node-a")])),
+        ],
+        &expect![[r"
+            10.96.0.10:80/TCP default/web Balance
+              10.1.0.2:8080 ready local
+        "]],
+    );
+}
+
+#[test]
+fn ports_match_by_name_and_protocol() {
+    let mut web = service("web", &["10.96.0.10"]);
+    web.spec.ports = vec![
+        port("http", 80),
+        port("admin", 81),
+        ServicePort {
+            protocol: Protocol::Udp,
+            ..port("http", 80)
+        },
+    ];
+    let mut endpoints = slice("web-4", "web", vec![endpoint("10.1.0.2", 'r', "node-a")]);
+    endpoints.ports = vec![
+        EndpointPort {
+            name: "http".to_owned(),
+            port: Some(8080),
+            ..EndpointPort::default()
+        },
+        EndpointPort {
+            name: "admin".to_owned(),
+            port: None,
+            ..EndpointPort::default()
+        },
+    ];
+    check(
+        vec![Object::Service(web), Object::EndpointSlice(endpoints)],
+        &expect![[r"
+            10.96.0.10:80/TCP default/web Balance
+              10.1.0.2:8080 ready local
+            10.96.0.10:80/UDP default/web Reject
+            10.96.0.10:81/TCP default/web Reject
+        "]],
+    );
+}
+
+#[test]
+fn what_is_none_of_our_business_holds_nothing() {
+    let mut headless = service("headless", &["None"]);
+    headless.spec.cluster_ip = "None".to_owned();
+    let mut external = service("external", &["10.96.0.1"]);
+    external.spec.service_type = ServiceType::ExternalName;
+    let mut other_proxy = service("other-proxy", &["10.96.0.2"]);
+    let label = (PROXY_NAME_LABEL.to_owned(), "mesh".to_owned());
+    other_proxy.metadata.labels.extend([label]);
+    let mut headless_slice = slice("x", "web", vec![endpoint("10.1.0.9", 'r', "node-a")]);
+    let label = (HEADLESS_LABEL.to_owned(), String::new());
+    headless_slice.metadata.labels.extend([label]);
+    let unassigned = service("unassigned", &[]);
+    check(
+        vec![
+            Object::Service(headless),
+            Object::Service(external),
+            Object::Service(other_proxy),
+            Object::Service(unassigned),
+            Object::Service(service("web", &["10.96.0.10"])),
+            Object::EndpointSlice(headless_slice),
+        ],
+        &expect![[r"
+            10.96.0.10:80/TCP default/web Reject
+        "]],
+    );
+}
+
+#[test]
+fn the_older_service_holds_an_address_and_then_the_first_by_name() {
+    let aged = |name: &str, day: u8| {
+        let mut service = service(name, &["10.96.0.10"]);
+        service.metadata.creation_timestamp = Some(format!("2026-01-0{day}T00:00:00Z"));
+        Object::Service(service)
+    };
+    check(
+        vec![aged("a", 3), aged("b", 2), aged("c", 2), Object::Service(service("d", &["10.96.0.10"]))],
+        &expect![[r"
+            10.96.0.10:80/TCP default/b Reject
+            ! Service default/a: AddressConflict: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
+            ! Service default/c: AddressConflict: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
+            ! Service default/d: AddressConflict: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
+        "]],
+    );
+}
+
+#[test]
+fn what_cannot_be_served_is_said() {
+    let mut web = service("web", &["10.96.0.010", "::ffff:10.0.0.1", "10.96.0"]);
+    web.spec.ports = vec![port("a", 80), port("b", 80), port("c", 0)];
+    web.spec.ports[0].node_port = 30080;
+    web.spec.session_affinity = "ClientIP".to_owned();
+    web.spec.external_ips = vec!["203.0.113.1".to_owned()];
+    let wrong = slice("web-4", "web", vec![endpoint("10.1.0.300", 'r', "node-a")]);
+    check(
+        vec![Object::Service(web), Object::EndpointSlice(wrong)],
+        &expect![[r#"
+            10.96.0.10:80/TCP default/web Reject
+            ! Service default/web: InvalidAddress: spec.clusterIPs: "10.96.0" is not an IP address; the address is not served
+            ! Service default/web: InvalidAddress: spec.clusterIPs: "::ffff:10.0.0.1" is an IPv4-mapped IPv6 address, write it as plain IPv4; the address is not served
+            ! Service default/web: InvalidPort: spec.ports[].port is 0; give a number from 1 to 65535
+            ! Service default/web: DuplicatePort: spec.ports[]: 80/TCP stands twice, the first is served; remove the other
+            ! Service default/web: Unsupported: spec.externalIPs: external addresses are not served; the ClusterIPs of the Service are served
+            ! Service default/web: Unsupported: spec.ports[].nodePort: node ports are not served; the ClusterIPs of the Service are served
+            ! Service default/web: Unsupported: spec.sessionAffinity: connections are spread without affinity; the ClusterIPs of the Service are served
+        "#]],
+    );
+}
