@@ -156,7 +156,10 @@ impl Leases {
         inner
             .write_lease(attachment, &record)
             .map_err(|source| self.store_error(source))?;
-        if let Err(error) = inner.ledger.record_lease(attachment.clone(), addresses.clone()) {
+        if let Err(error) = inner
+            .ledger
+            .record_lease(attachment.clone(), addresses.clone())
+        {
             error!(%error, "the ledger chose an address that is leased");
         }
         Ok(addresses)
@@ -403,7 +406,10 @@ mod tests {
         assert_eq!(leases.allocate(&attachment(14), None).unwrap(), first);
         assert!(matches!(
             leases.allocate(&attachment(15), None),
-            Err(LeaseError::Choose(ChooseError::Exhausted { capacity: 13, .. }))
+            Err(LeaseError::Choose(ChooseError::Exhausted {
+                capacity: 13,
+                ..
+            }))
         ));
     }
 }

@@ -144,7 +144,10 @@ impl Reconciler {
     /// manifests may be in the middle of being replaced.
     fn set_pod_ranges(&self) {
         let Some(node) = self.cluster.node(&self.node_name) else {
-            warn!(node = self.node_name, "the Node object is gone; its pod ranges stay in use");
+            warn!(
+                node = self.node_name,
+                "the Node object is gone; its pod ranges stay in use"
+            );
             return;
         };
         let spec = &node.spec;
@@ -158,13 +161,24 @@ impl Reconciler {
             match PodRange::parse(text) {
                 Ok(range) => ranges.push(range),
                 Err(error) => {
-                    warn!(node = self.node_name, "spec.podCIDRs: {error}; it is left out");
+                    warn!(
+                        node = self.node_name,
+                        "spec.podCIDRs: {error}; it is left out"
+                    );
                 }
             }
         }
         for family in Family::ALL {
-            if ranges.iter().filter(|range| range.family() == family).count() > 1 {
-                warn!(node = self.node_name, "spec.podCIDRs: two {family} ranges, the first counts");
+            if ranges
+                .iter()
+                .filter(|range| range.family() == family)
+                .count()
+                > 1
+            {
+                warn!(
+                    node = self.node_name,
+                    "spec.podCIDRs: two {family} ranges, the first counts"
+                );
             }
         }
         if !ranges.is_empty() {

@@ -107,7 +107,11 @@ async fn connection(stream: UnixStream, pods: &Arc<Pods>) -> anyhow::Result<()> 
     let peer = stream.peer_cred().context("SO_PEERCRED")?;
     let own = rustix::process::geteuid().as_raw();
     if peer.uid() != 0 && peer.uid() != own {
-        warn!(uid = peer.uid(), pid = peer.pid(), "connection refused: not root");
+        warn!(
+            uid = peer.uid(),
+            pid = peer.pid(),
+            "connection refused: not root"
+        );
         return Ok(());
     }
     let (read, mut write) = stream.into_split();
@@ -161,4 +165,148 @@ fn parse(line: &[u8]) -> Result<Request, CallError> {
         )));
     }
     Ok(request)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, Write as _};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use ferrule_api::{Call, Client};
+    use ferrule_model::ipam::PodRange;
+    use ferrule_model::names::{Attachment, ContainerId, IfName};
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::leases::Leases;
+
+    struct Fixture {
+        dir: TempDir,
+        _runtime: tokio::runtime::Runtime,
+    }
+
+    impl Fixture {
+        /// A server with a range of one family.
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let leases = Leases::open(&dir.path().join("leases.redb")).unwrap();
+            leases.set_ranges(vec![PodRange::parse("10.1.0.0/29").unwrap()]);
+            let pods = Arc::new(Pods::new(leases, dir.path().to_owned(), 1400));
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(1)
+                .enable_all()
+                .build()
+                .unwrap();
+            let path = dir.path().join("agent.sock");
+            let server = runtime.block_on(async { Server::bind(&path).unwrap() });
+            runtime.spawn(async move { server.serve(pods).await });
+            Self {
+                dir,
+                _runtime: runtime,
+            }
+        }
+
+        fn socket(&self) -> PathBuf {
+            self.dir.path().join("agent.sock")
+        }
+
+        fn call(&self, call: Call) -> Answer {
+            let mut client = Client::connect(&self.socket(), LINE_TIMEOUT).unwrap();
+            client.call(call).unwrap()
+        }
+
+        /// Sends bytes and returns the line that comes back, if one does.
+        fn raw(&self, bytes: &[u8]) -> String {
+            let mut stream = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
+            stream.write_all(bytes).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let mut line = String::new();
+            std::io::BufReader::new(stream)
+                .read_line(&mut line)
+                .unwrap();
+            line
+        }
+    }
+
+    fn attachment(container: &str) -> Attachment {
+        Attachment {
+            container_id: ContainerId::try_from(container.to_owned()).unwrap(),
+            interface: IfName::try_from("eth0".to_owned()).unwrap(),
+        }
+    }
+
+    #[test]
+    fn leases_are_given_and_taken_back() {
+        let f = Fixture::new();
+        let mode = fs::metadata(f.socket()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let ask = |container| Call::Allocate {
+            attachment: attachment(container),
+            pod: None,
+        };
+        let Answer::Allocated(first) = f.call(ask("a")) else {
+            panic!("no lease");
+        };
+        assert_eq!(first.mtu, 1400);
+        assert_eq!(first.addresses[0].to_string(), "10.1.0.2/32");
+        assert_eq!(f.call(ask("a")), Answer::Allocated(first));
+        let release = Call::Release {
+            attachment: attachment("a"),
+        };
+        assert_eq!(f.call(release.clone()), Answer::Released);
+        assert_eq!(f.call(release), Answer::Released, "twice is fine");
+        for container in ["b", "c", "d", "e", "f"] {
+            assert!(matches!(f.call(ask(container)), Answer::Allocated(_)));
+        }
+        let Answer::Error(error) = f.call(ask("g")) else {
+            panic!("a lease out of nothing");
+        };
+        assert_eq!(error.code, ErrorCode::PoolExhausted);
+        assert!(error.message.contains("10.1.0.0/29"), "{error}");
+    }
+
+    #[test]
+    fn garbage_is_answered_with_an_error_that_names_it() {
+        let f = Fixture::new();
+        let long = vec![b'x'; MAX_LINE * 2];
+        let cases: [(&[u8], &str); 6] = [
+            (b"\n", "badRequest"),
+            (b"GET / HTTP/1.1\r\n", "badRequest"),
+            (b"{\"version\":1,\"call\":\"nonsense\"}\n", "nonsense"),
+            (b"{\"version\":99,\"call\":\"release\",\"attachment\":{\"container_id\":\"a\",\"interface\":\"eth0\"}}\n", "version 99"),
+            (b"{\"version\":1,\"call\":\"release\",\"attachment\":{\"container_id\":\"../a\",\"interface\":\"eth0\"}}\n", "../a"),
+            (b"{\"version\":1", "newline"),
+        ];
+        for (bytes, words) in cases {
+            let answer = f.raw(bytes);
+            assert!(
+                answer.contains("badRequest") && answer.contains(words),
+                "{answer}"
+            );
+        }
+        let _reset_while_it_writes_is_fine = std::panic::catch_unwind(|| f.raw(&long));
+        assert_eq!(f.raw(b""), "", "saying nothing is no request");
+        // After all of that it still serves.
+        let release = Call::Release {
+            attachment: attachment("a"),
+        };
+        assert_eq!(f.call(release), Answer::Released);
+    }
+
+    #[test]
+    fn a_socket_that_is_in_use_is_not_taken() {
+        let f = Fixture::new();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let _guard = runtime.enter();
+        let error = Server::bind(&f.socket()).unwrap_err().to_string();
+        assert!(error.contains("another agent listens"), "{error}");
+        // What a killed agent left is replaced.
+        let left = f.dir.path().join("left.sock");
+        drop(std::os::unix::net::UnixListener::bind(&left).unwrap());
+        assert!(left.exists());
+        Server::bind(&left).unwrap();
+    }
 }

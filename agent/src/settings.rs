@@ -11,8 +11,14 @@ use ferrule_model::ownership::{NFT_TABLE, VIP_DEVICE};
 #[derive(Debug, Parser)]
 #[command(name = "ferrule-agent", version)]
 pub(crate) struct Cli {
-    /// How the log is written; its level is set by FERRULE_LOG (error, warn, info, debug, trace).
-    #[arg(long, global = true, value_enum, default_value = "text")]
+    /// How the log is written.
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value = "text",
+        help = "How the log is written; FERRULE_LOG sets its level (error, warn, info, debug, trace)"
+    )]
     pub(crate) log_format: LogFormat,
     /// What to do.
     #[command(subcommand)]

@@ -39,7 +39,6 @@ pub(crate) struct Config {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Wire {
-    cni_version: Option<String>,
     agent_socket: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     mtu: Option<u32>,
@@ -52,9 +51,7 @@ pub(crate) fn read_input(input: impl Read) -> Result<Vec<u8>, Failure> {
     input
         .take(MAX_INPUT + 1)
         .read_to_end(&mut bytes)
-        .map_err(|error| {
-            Failure::new(Code::Io, format!("cannot read standard input: {error}"))
-        })?;
+        .map_err(|error| Failure::new(Code::Io, format!("cannot read standard input: {error}")))?;
     if bytes.len() as u64 > MAX_INPUT {
         return Err(Failure::new(
             Code::Decode,
@@ -81,18 +78,20 @@ impl Config {
                 format!("the network configuration is not understood: {error}"),
             )
         })?;
-        debug_assert!(wire.cni_version.is_some(), "checked above");
         if let Some(mtu) = wire.mtu.filter(|mtu| !MTU_RANGE.contains(mtu)) {
             return Err(Failure::new(
                 Code::InvalidConfiguration,
                 format!("mtu of the network configuration is {mtu}: it must be 68 to 65535"),
             ));
         }
-        let path = |field, given, default| absolute(field, given, default);
         Ok(Self {
             version,
-            agent_socket: path("agentSocket", wire.agent_socket, ferrule_api::DEFAULT_SOCKET)?,
-            state_dir: path("stateDir", wire.state_dir, ferrule_api::DEFAULT_STATE_DIR)?,
+            agent_socket: absolute(
+                "agentSocket",
+                wire.agent_socket,
+                ferrule_api::DEFAULT_SOCKET,
+            )?,
+            state_dir: absolute("stateDir", wire.state_dir, ferrule_api::DEFAULT_STATE_DIR)?,
             mtu: wire.mtu,
             previous: wire.prev_result,
         })
@@ -108,11 +107,7 @@ impl Config {
 }
 
 /// A path that does not depend on the folder in which the runtime starts us.
-fn absolute(
-    field: &str,
-    given: Option<PathBuf>,
-    default: &str,
-) -> Result<PathBuf, Failure> {
+fn absolute(field: &str, given: Option<PathBuf>, default: &str) -> Result<PathBuf, Failure> {
     let path = given.unwrap_or_else(|| Path::new(default).to_owned());
     if path.is_absolute() {
         return Ok(path);
@@ -149,10 +144,26 @@ mod tests {
             ("[]", Code::IncompatibleVersion, "missing"),
             ("{}", Code::IncompatibleVersion, "missing"),
             (r#"{"cniVersion":"9"}"#, Code::IncompatibleVersion, "\"9\""),
-            (r#"{"cniVersion":"1.0.0","mtu":10}"#, Code::InvalidConfiguration, "mtu"),
-            (r#"{"cniVersion":"1.0.0","mtu":"x"}"#, Code::InvalidConfiguration, "x"),
-            (r#"{"cniVersion":"1.0.0","stateDir":"a"}"#, Code::InvalidConfiguration, "stateDir"),
-            (r#"{"cniVersion":"1.0.0","agentSocket":""}"#, Code::InvalidConfiguration, "agentSocket"),
+            (
+                r#"{"cniVersion":"1.0.0","mtu":10}"#,
+                Code::InvalidConfiguration,
+                "mtu",
+            ),
+            (
+                r#"{"cniVersion":"1.0.0","mtu":"x"}"#,
+                Code::InvalidConfiguration,
+                "x",
+            ),
+            (
+                r#"{"cniVersion":"1.0.0","stateDir":"a"}"#,
+                Code::InvalidConfiguration,
+                "stateDir",
+            ),
+            (
+                r#"{"cniVersion":"1.0.0","agentSocket":""}"#,
+                Code::InvalidConfiguration,
+                "agentSocket",
+            ),
         ] {
             let failure = Config::parse(input.as_bytes()).unwrap_err();
             assert_eq!(failure.code(), code, "{input}: {failure}");

@@ -46,9 +46,7 @@ pub(crate) enum EnvironmentError {
     },
     #[error("CNI_NETNS is {0:?}: it must be the absolute path of a network namespace")]
     Netns(String),
-    #[error(
-        "CNI_ARGS: {key} is {value:?}, which is no name of a Kubernetes object"
-    )]
+    #[error("CNI_ARGS: {key} is {value:?}, which is no name of a Kubernetes object")]
     PodName { key: &'static str, value: String },
 }
 
@@ -179,13 +177,20 @@ mod tests {
 
     #[test]
     fn what_is_missing_or_wrong_is_named() {
-        let said = |pairs: &[(&'static str, &str)]| with(pairs).attachment().unwrap_err().to_string();
+        let said =
+            |pairs: &[(&'static str, &str)]| with(pairs).attachment().unwrap_err().to_string();
         assert!(said(&[]).contains("CNI_CONTAINERID"));
         assert!(said(&[("CNI_CONTAINERID", "")]).contains("CNI_CONTAINERID"));
         assert!(said(&[("CNI_CONTAINERID", "a")]).contains("CNI_IFNAME"));
         let slash = [("CNI_CONTAINERID", "a"), ("CNI_IFNAME", "eth0/../../x")];
         assert!(said(&slash).contains("CNI_IFNAME"));
-        assert!(with(&[]).netns().unwrap_err().to_string().contains("CNI_NETNS"));
+        assert!(
+            with(&[])
+                .netns()
+                .unwrap_err()
+                .to_string()
+                .contains("CNI_NETNS")
+        );
         assert!(with(&[("CNI_NETNS", "proc/1/ns/net")]).netns().is_err());
         let upper = [("CNI_CONTAINERID", "ABC.d_e-f"), ("CNI_IFNAME", "eth0")];
         assert!(with(&upper).attachment().is_ok());

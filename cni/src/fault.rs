@@ -4,10 +4,6 @@
 
 /// Where a verb has just got to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(
-    not(feature = "fault-injection"),
-    expect(dead_code, reason = "only names, unless a test may ask for them")
-)]
 pub(crate) enum Step {
     /// ADD: everything was checked, nothing made.
     Validated,
@@ -50,10 +46,8 @@ pub(crate) fn reached(step: Step) {
         .iter()
         .any(|(_, name, listed)| *listed == step && *name == wanted)
     {
-        let _ = rustix::process::kill_process(
-            rustix::process::getpid(),
-            rustix::process::Signal::KILL,
-        );
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
 }
 
@@ -64,8 +58,7 @@ pub(crate) fn reached(_: Step) {}
 /// `VERB step` a line, for `ferrule --fault-steps`.
 #[cfg(feature = "fault-injection")]
 pub(crate) fn listing() -> String {
-    STEPS
-        .iter()
-        .map(|(verb, name, _)| format!("{verb} {name}\n"))
-        .collect()
+    STEPS.iter().fold(String::new(), |all, (verb, name, _)| {
+        all + verb + " " + name + "\n"
+    })
 }

@@ -105,6 +105,5 @@ impl Netns {
 }
 
 fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
-    move_into_thread_name_spaces(namespace, ThreadNameSpaceType::NETWORK)
-        .map_err(io::Error::from)
+    move_into_thread_name_spaces(namespace, ThreadNameSpaceType::NETWORK).map_err(io::Error::from)
 }

@@ -66,7 +66,13 @@ pub(crate) fn apply(interface: &IfName, settings: &[Setting]) -> Result<(), Sysc
         match write() {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(SysctlError { path, value, source }),
+            Err(source) => {
+                return Err(SysctlError {
+                    path,
+                    value,
+                    source,
+                });
+            }
         }
     }
     Ok(())

@@ -41,7 +41,11 @@ impl SpecVersion {
 
     /// The version that a configuration names.
     pub(crate) fn parse(text: Option<&str>) -> Result<Self, Failure> {
-        let known = |text| Self::ALL.into_iter().find(|version| version.as_str() == text);
+        let known = |text| {
+            Self::ALL
+                .into_iter()
+                .find(|version| version.as_str() == text)
+        };
         text.and_then(known).ok_or_else(|| {
             let given = text.map_or("is missing, which means 0.1.0".to_owned(), |text| {
                 format!("is {:?}", text.chars().take(32).collect::<String>())
@@ -96,7 +100,10 @@ mod tests {
     fn only_versions_whose_verbs_we_serve_are_reported() {
         let reply = reply(br#"{"cniVersion":"0.4.0"}"#);
         assert_eq!(reply["cniVersion"], "0.4.0");
-        assert_eq!(reply["supportedVersions"], json!(["0.3.1", "0.4.0", "1.0.0"]));
+        assert_eq!(
+            reply["supportedVersions"],
+            json!(["0.3.1", "0.4.0", "1.0.0"])
+        );
         for input in [&b""[..], b"\xff", b"[]", b"{\"cniVersion\":1}"] {
             assert_eq!(super::reply(input)["cniVersion"], "1.0.0");
         }
@@ -110,6 +117,10 @@ mod tests {
             assert_eq!(failure.code(), Code::IncompatibleVersion);
             assert!(failure.to_string().contains("0.3.1"), "{failure}");
         }
-        assert!(SpecVersion::V0_3_1.require(SpecVersion::V0_4_0, "CHECK").is_err());
+        assert!(
+            SpecVersion::V0_3_1
+                .require(SpecVersion::V0_4_0, "CHECK")
+                .is_err()
+        );
     }
 }

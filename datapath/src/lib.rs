@@ -1,1 +1,16 @@
 //! The only crate that changes the node for services.
+//!
+//! [`Node`] is the kernel of one network namespace: [`Node::open`] prepares it,
+//! [`Node::observe`] says what of ours is there, and [`apply`] carries out
+//! changes. What to change is decided elsewhere (`ferrule_model::diff`).
+
+pub mod apply;
+pub mod filter;
+pub mod ipvs;
+mod modules;
+mod node;
+mod sysctl;
+pub mod vip;
+
+pub use apply::{Applied, ChangeError, Kernel, apply};
+pub use node::{CleanupError, Node, ObserveError, OpenError, Settings, cleanup};

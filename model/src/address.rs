@@ -180,7 +180,10 @@ pub fn parse_address(text: &str) -> Result<IpAddr, AddressError> {
     match address {
         IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some() => Err(AddressError::Mapped),
         IpAddr::V4(ip)
-            if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_broadcast() =>
+            if ip.is_unspecified()
+                || ip.is_loopback()
+                || ip.is_multicast()
+                || ip.is_broadcast() =>
         {
             Err(AddressError::NotUnicast)
         }

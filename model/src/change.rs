@@ -94,16 +94,27 @@ impl fmt::Display for Change {
             Self::BindVip(ip) => write!(f, "bind VIP {ip}"),
             Self::AllowFrontend(frontend) => write!(f, "add frontend {frontend} to the guard"),
             Self::AddService(frontend, scheduling) => {
-                write!(f, "add virtual service {frontend} ({})", scheduling.scheduler)
+                write!(
+                    f,
+                    "add virtual service {frontend} ({})",
+                    scheduling.scheduler
+                )
             }
             Self::UpdateService(frontend, scheduling) => {
-                write!(f, "update virtual service {frontend} ({})", scheduling.scheduler)
+                write!(
+                    f,
+                    "update virtual service {frontend} ({})",
+                    scheduling.scheduler
+                )
             }
             Self::AddServer(frontend, backend, weight) => {
                 write!(f, "add real server {backend} weight {weight} to {frontend}")
             }
             Self::UpdateServer(frontend, backend, weight) => {
-                write!(f, "set weight {weight} of real server {backend} of {frontend}")
+                write!(
+                    f,
+                    "set weight {weight} of real server {backend} of {frontend}"
+                )
             }
             Self::RemoveServer(frontend, backend) => {
                 write!(f, "remove real server {backend} from {frontend}")

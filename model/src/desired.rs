@@ -388,7 +388,10 @@ fn note_unsupported(name: &ObjectName, service: &Service, conditions: &mut Vec<C
         );
     }
     if spec.session_affinity == "ClientIP" {
-        note("spec.sessionAffinity", "connections are spread without affinity");
+        note(
+            "spec.sessionAffinity",
+            "connections are spread without affinity",
+        );
     }
     if spec.internal_traffic_policy == "Local" {
         note(

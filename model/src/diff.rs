@@ -50,8 +50,16 @@ pub fn everything(desired: &Desired, observed: &Observed) -> Scope {
 fn diff_vip(ip: IpAddr, desired: &Desired, observed: &Observed, changes: &mut Vec<Change>) {
     let wanted = desired.is_vip(ip);
     let steps = [
-        (observed.bound.contains(&ip), Change::BindVip(ip), Change::UnbindVip(ip)),
-        (observed.guarded.contains(&ip), Change::GuardVip(ip), Change::UnguardVip(ip)),
+        (
+            observed.bound.contains(&ip),
+            Change::BindVip(ip),
+            Change::UnbindVip(ip),
+        ),
+        (
+            observed.guarded.contains(&ip),
+            Change::GuardVip(ip),
+            Change::UnguardVip(ip),
+        ),
     ];
     for (present, make, remove) in steps {
         match (wanted, present) {

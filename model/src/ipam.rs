@@ -167,7 +167,10 @@ impl Ledger {
         if self.ranges.is_empty() {
             return Err(ChooseError::NoRange);
         }
-        self.ranges.iter().map(|range| self.choose_in(range)).collect()
+        self.ranges
+            .iter()
+            .map(|range| self.choose_in(range))
+            .collect()
     }
 
     fn choose_in(&self, range: &PodRange) -> Result<IpAddr, ChooseError> {
@@ -217,7 +220,10 @@ impl Ledger {
     /// The number that the next release gets.
     #[must_use]
     pub fn next_release(&self) -> u64 {
-        self.released.keys().next_back().map_or(0, |order| order + 1)
+        self.released
+            .keys()
+            .next_back()
+            .map_or(0, |order| order + 1)
     }
 
     /// Records that an address was released as number `order`.

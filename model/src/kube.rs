@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use crate::address::Protocol;
@@ -29,6 +30,16 @@ where
     T: Default + Deserialize<'de>,
 {
     Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+/// A port, with an error that says what one looks like; `null` is 0, the API's "none".
+fn port_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    let number = Option::<i64>::deserialize(deserializer)?.unwrap_or_default();
+    u16::try_from(number).map_err(|_| {
+        D::Error::custom(format!(
+            "{number} is not a port number; give one from 1 to 65535"
+        ))
+    })
 }
 
 /// What all objects have.
@@ -121,9 +132,10 @@ pub struct ServicePort {
     #[serde(default, deserialize_with = "null_is_default")]
     pub protocol: Protocol,
     /// Port on the VIP.
+    #[serde(deserialize_with = "port_number")]
     pub port: u16,
     /// Port on the nodes, 0 for none.
-    #[serde(default, deserialize_with = "null_is_default")]
+    #[serde(default, deserialize_with = "port_number")]
     pub node_port: u16,
 }
 

@@ -66,8 +66,7 @@ impl TryFrom<String> for ContainerId {
     fn try_from(text: String) -> Result<Self, NameError> {
         let mut bytes = text.bytes();
         let first = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric());
-        let rest =
-            bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+        let rest = bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
         if first && rest && text.len() <= Self::MAX_LEN {
             Ok(Self(text))
         } else {
@@ -113,8 +112,7 @@ impl TryFrom<String> for IfName {
     type Error = NameError;
 
     fn try_from(text: String) -> Result<Self, NameError> {
-        let forbidden =
-            |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+        let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
         if text.is_empty()
             || text.len() > Self::MAX_LEN
             || text == "."
@@ -170,7 +168,17 @@ mod tests {
         for good in ["eth0", "net1", "a.b", "exactly15bytes_"] {
             assert!(IfName::try_from(good.to_owned()).is_ok(), "{good}");
         }
-        for bad in ["", ".", "..", "a/b", "a:b", "a b", "a\tb", "sixteen_bytes___", "eth0/../../x"] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "a:b",
+            "a b",
+            "a\tb",
+            "sixteen_bytes___",
+            "eth0/../../x",
+        ] {
             assert!(IfName::try_from(bad.to_owned()).is_err(), "{bad:?}");
         }
     }

@@ -57,7 +57,10 @@ pub fn host_veth_name(attachment: &Attachment) -> IfName {
 /// agent after a loss of its leases, whose it is.
 #[must_use]
 pub fn host_veth_alias(attachment: &Attachment) -> String {
-    format!("ferrule {} {}", attachment.container_id, attachment.interface)
+    format!(
+        "ferrule {} {}",
+        attachment.container_id, attachment.interface
+    )
 }
 
 /// Whether a link is the host end of a veth that we made for `attachment`.
@@ -109,7 +112,11 @@ mod tests {
     fn a_name_without_our_alias_is_not_ours() {
         let a = attachment("abc", "eth0");
         let name = host_veth_name(&a);
-        assert!(owns_host_veth(&a, name.as_str(), Some(&host_veth_alias(&a))));
+        assert!(owns_host_veth(
+            &a,
+            name.as_str(),
+            Some(&host_veth_alias(&a))
+        ));
         assert!(!owns_host_veth(&a, name.as_str(), None));
         assert!(!owns_host_veth(&a, name.as_str(), Some("uplink")));
         assert!(!owns_host_veth(&a, "eth0", Some(&host_veth_alias(&a))));

@@ -24,8 +24,14 @@ use proptest::prelude::*;
 
 /// Few addresses and names, so that they collide often.
 fn vip() -> impl Strategy<Value = String> {
-    prop::sample::select(vec!["10.96.0.1", "10.96.0.2", "fd00::1", "fd00::2", "nonsense"])
-        .prop_map(str::to_owned)
+    prop::sample::select(vec![
+        "10.96.0.1",
+        "10.96.0.2",
+        "fd00::1",
+        "fd00::2",
+        "nonsense",
+    ])
+    .prop_map(str::to_owned)
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {
@@ -33,14 +39,17 @@ fn protocol() -> impl Strategy<Value = Protocol> {
 }
 
 fn service_port() -> impl Strategy<Value = ServicePort> {
-    (0..2_u8, protocol(), prop::sample::select(vec![0_u16, 53, 80])).prop_map(
-        |(name, protocol, port)| ServicePort {
+    (
+        0..2_u8,
+        protocol(),
+        prop::sample::select(vec![0_u16, 53, 80]),
+    )
+        .prop_map(|(name, protocol, port)| ServicePort {
             name: format!("p{name}"),
             protocol,
             port,
             node_port: 0,
-        },
-    )
+        })
 }
 
 fn service() -> impl Strategy<Value = Event> {
@@ -68,8 +77,13 @@ fn service() -> impl Strategy<Value = Event> {
 }
 
 fn endpoint() -> impl Strategy<Value = Endpoint> {
-    (0..4_u8, any::<bool>(), prop::option::of(any::<bool>()), any::<bool>()).prop_map(
-        |(host, v6, ready, terminating)| Endpoint {
+    (
+        0..4_u8,
+        any::<bool>(),
+        prop::option::of(any::<bool>()),
+        any::<bool>(),
+    )
+        .prop_map(|(host, v6, ready, terminating)| Endpoint {
             addresses: vec![if v6 {
                 format!("fd00:1::{host}")
             } else {
@@ -81,8 +95,7 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
                 terminating: Some(terminating),
             },
             node_name: Some(format!("n{}", host % 2)),
-        },
-    )
+        })
 }
 
 fn slice() -> impl Strategy<Value = Event> {
@@ -108,7 +121,11 @@ fn slice() -> impl Strategy<Value = Event> {
                     )]),
                     ..ObjectMeta::default()
                 },
-                address_type: if v6 { AddressType::IPv6 } else { AddressType::IPv4 },
+                address_type: if v6 {
+                    AddressType::IPv6
+                } else {
+                    AddressType::IPv4
+                },
                 endpoints,
                 ports: ports.collect(),
             })))
@@ -130,7 +147,10 @@ fn deletion() -> impl Strategy<Value = Event> {
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
-    prop::collection::vec(prop_oneof![3 => service(), 4 => slice(), 1 => deletion()], 0..40)
+    prop::collection::vec(
+        prop_oneof![3 => service(), 4 => slice(), 1 => deletion()],
+        0..40,
+    )
 }
 
 /// The model as the agent drives it.
@@ -171,20 +191,26 @@ fn remaining(events: &[Event]) -> Vec<Event> {
 fn observed() -> impl Strategy<Value = Observed> {
     let ip = prop::sample::select(vec!["10.96.0.1", "10.96.0.2", "10.96.0.9", "fd00::1"])
         .prop_map(|ip| ip.parse::<IpAddr>().unwrap());
-    let addr = (ip.clone(), protocol(), prop::sample::select(vec![53_u16, 80, 99]))
+    let addr = (
+        ip.clone(),
+        protocol(),
+        prop::sample::select(vec![53_u16, 80, 99]),
+    )
         .prop_map(|(ip, protocol, port)| FrontendAddr::new(ip, port, protocol));
     let backend = (0..4_u8, 8000..8002_u16)
         .prop_map(|(host, port)| BackendAddr::new(IpAddr::from([10, 1, 0, host]), port));
     let addr = addr.boxed();
-    let service = (any::<bool>(), prop::collection::btree_map(backend, 0..3_u32, 0..4)).prop_map(
-        |(rr, servers)| VirtualService {
+    let service = (
+        any::<bool>(),
+        prop::collection::btree_map(backend, 0..3_u32, 0..4),
+    )
+        .prop_map(|(rr, servers)| VirtualService {
             scheduling: Scheduling {
                 scheduler: Scheduler::from_name(if rr { "rr" } else { "lblc" }),
                 ..Scheduling::default()
             },
             servers,
-        },
-    );
+        });
     (
         prop::collection::btree_set(ip.clone(), 0..4),
         prop::collection::btree_set(ip, 0..4),
@@ -231,11 +257,17 @@ fn carry_out(observed: &mut Observed, changes: &[Change]) -> Result<(), TestCase
                 );
             }
             Change::AddService(addr, _) => {
-                prop_assert!(observed.bound.contains(&addr.ip), "{change} on an unbound VIP");
+                prop_assert!(
+                    observed.bound.contains(&addr.ip),
+                    "{change} on an unbound VIP"
+                );
                 prop_assert!(!observed.services.contains_key(addr), "{change} twice");
             }
             Change::AddServer(addr, ..) | Change::UpdateServer(addr, ..) => {
-                prop_assert!(observed.services.contains_key(addr), "{change} without a service");
+                prop_assert!(
+                    observed.services.contains_key(addr),
+                    "{change} without a service"
+                );
             }
             Change::RemoveServer(addr, _) => {
                 observed.record(change);

@@ -69,7 +69,11 @@ fn slice(name: &str, service: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
             labels: BTreeMap::from([(SERVICE_NAME_LABEL.to_owned(), service.to_owned())]),
             ..ObjectMeta::default()
         },
-        address_type: if v6 { AddressType::IPv6 } else { AddressType::IPv4 },
+        address_type: if v6 {
+            AddressType::IPv6
+        } else {
+            AddressType::IPv4
+        },
         endpoints,
         ports: vec![EndpointPort {
             port: Some(8080),
@@ -115,7 +119,10 @@ fn both_families_each_with_its_own_backends() {
             Object::EndpointSlice(slice(
                 "web-4",
                 "web",
-                vec![endpoint("10.1.0.2", 'r', "node-a"), endpoint("10.1.1.2", '?', "node-b")],
+                vec![
+                    endpoint("10.1.0.2", 'r', "node-a"),
+                    endpoint("10.1.1.2", '?', "node-b"),
+                ],
             )),
             Object::EndpointSlice(slice(
                 "web-6",
@@ -139,7 +146,10 @@ fn terminating_endpoints_serve_when_nothing_is_ready() {
         slice(
             "web-4",
             "web",
-            vec![endpoint("10.1.0.2", 't', "node-a"), endpoint("10.1.0.3", state, "node-a")],
+            vec![
+                endpoint("10.1.0.2", 't', "node-a"),
+                endpoint("10.1.0.3", state, "node-a"),
+            ],
         )
     };
     check(
@@ -250,7 +260,12 @@ fn the_older_service_holds_an_address_and_then_the_first_by_name() {
         Object::Service(service)
     };
     check(
-        vec![aged("a", 3), aged("b", 2), aged("c", 2), Object::Service(service("d", &["10.96.0.10"]))],
+        vec![
+            aged("a", 3),
+            aged("b", 2),
+            aged("c", 2),
+            Object::Service(service("d", &["10.96.0.10"])),
+        ],
         &expect![[r"
             10.96.0.10:80/TCP default/b Reject
             ! Service default/a: AddressConflict: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port

@@ -121,7 +121,12 @@ fn parse_document(document: &str, parsed: &mut Parsed) -> Result<(), DocumentErr
             return Err(DocumentError {
                 line: 1,
                 object: None,
-                field: if meta.kind.is_empty() { "kind" } else { "apiVersion" }.to_owned(),
+                field: if meta.kind.is_empty() {
+                    "kind"
+                } else {
+                    "apiVersion"
+                }
+                .to_owned(),
                 message: "is missing; every Kubernetes object has it".to_owned(),
             });
         }
@@ -129,7 +134,9 @@ fn parse_document(document: &str, parsed: &mut Parsed) -> Result<(), DocumentErr
         return Ok(());
     };
     let key = key_of(kind, &meta)?;
-    parsed.objects.push(typed_object(kind, document, Some(&key))?);
+    parsed
+        .objects
+        .push(typed_object(kind, document, Some(&key))?);
     Ok(())
 }
 
@@ -182,10 +189,7 @@ fn typed_object(
     })
 }
 
-fn typed<T: DeserializeOwned>(
-    document: &str,
-    key: Option<&ObjectKey>,
-) -> Result<T, DocumentError> {
+fn typed<T: DeserializeOwned>(document: &str, key: Option<&ObjectKey>) -> Result<T, DocumentError> {
     let mut field = String::new();
     let result = serde_saphyr::with_deserializer_from_str(document, |deserializer| {
         serde_path_to_error::deserialize(deserializer).map_err(|error| {
@@ -197,12 +201,16 @@ fn typed<T: DeserializeOwned>(
     result.map_err(|error: serde_saphyr::Error| {
         let error = error.without_snippet();
         let text = error.to_string();
+        // The parser's words end with the place within the document, which is told apart already.
+        let words = text.lines().next().unwrap_or_default();
+        let words = words
+            .split_once(" at line ")
+            .map_or(words, |(words, _)| words);
         DocumentError {
             line: error.location().map_or(1, |location| location.line()),
             object: key.cloned(),
             field,
-            // The parser's own words go on with the place, which is told apart already.
-            message: text.lines().next().unwrap_or_default().to_owned(),
+            message: words.to_owned(),
         }
     })
 }
@@ -251,7 +259,10 @@ data: {text: \"x\"}
         };
         assert_eq!(error.line, 23, "{error}");
         assert_eq!(error.field, "spec.ports[1].port", "{error}");
-        assert_eq!(error.object.as_ref().unwrap().to_string(), "Service shop/bad");
+        assert_eq!(
+            error.object.as_ref().unwrap().to_string(),
+            "Service shop/bad"
+        );
         assert!(error.message.contains("70000"), "{error}");
     }
 
@@ -276,8 +287,14 @@ data: {text: \"x\"}
         let parsed = parse(list);
         assert_eq!(parsed.objects.len(), 1);
         let fields: Vec<&str> = parsed.errors.iter().map(|e| e.field.as_str()).collect();
-        assert_eq!(fields, ["items[1].spec.ports[0].port", "items[2].metadata.name"]);
-        assert_eq!(parse("kind: Service\nmetadata: {name: x}\n").errors[0].field, "apiVersion");
+        assert_eq!(
+            fields,
+            ["items[1].spec.ports[0].port", "items[2].metadata.name"]
+        );
+        assert_eq!(
+            parse("kind: Service\nmetadata: {name: x}\n").errors[0].field,
+            "apiVersion"
+        );
         assert_eq!(parse("---\n---\n# nothing\n...\n"), Parsed::default());
     }
 

@@ -116,7 +116,11 @@ impl Folder {
             gone.map(|path| (path.clone(), None)).collect();
         let mut unsettled = false;
         for (path, stamp) in found {
-            if self.files.get(&path).is_some_and(|file| file.stamp == stamp) {
+            if self
+                .files
+                .get(&path)
+                .is_some_and(|file| file.stamp == stamp)
+            {
                 continue;
             }
             if stamp.is_fresh() {
@@ -145,7 +149,11 @@ impl Folder {
         file: Option<File>,
         before: &mut BTreeMap<ObjectKey, Option<Object>>,
     ) {
-        let old = self.files.get(&path).into_iter().flat_map(|f| f.objects.keys());
+        let old = self
+            .files
+            .get(&path)
+            .into_iter()
+            .flat_map(|f| f.objects.keys());
         let new = file.iter().flat_map(|f| f.objects.keys());
         let keys: BTreeSet<ObjectKey> = old.chain(new).cloned().collect();
         for key in &keys {
@@ -156,7 +164,10 @@ impl Folder {
         for key in keys {
             let defined = file.as_ref().is_some_and(|f| f.objects.contains_key(&key));
             if defined {
-                self.definitions.entry(key).or_default().insert(path.clone());
+                self.definitions
+                    .entry(key)
+                    .or_default()
+                    .insert(path.clone());
             } else if let Some(paths) = self.definitions.get_mut(&key) {
                 paths.remove(&path);
                 if paths.is_empty() {
@@ -164,7 +175,10 @@ impl Folder {
                 }
             }
         }
-        let old_problems = self.files.get(&path).is_some_and(|f| !f.problems.is_empty());
+        let old_problems = self
+            .files
+            .get(&path)
+            .is_some_and(|f| !f.problems.is_empty());
         match file {
             Some(file) => {
                 for problem in &file.problems {
@@ -199,15 +213,6 @@ impl Folder {
             }
         }
         events
-    }
-
-    /// What is wrong in the folder at present: file and words.
-    pub(crate) fn problems(&self) -> impl Iterator<Item = (&Path, &str)> {
-        self.files.iter().flat_map(|(path, file)| {
-            file.problems
-                .iter()
-                .map(move |problem| (path.as_path(), problem.as_str()))
-        })
     }
 }
 
@@ -281,19 +286,12 @@ impl File {
             self.unknown = true;
             return;
         };
-        match &error.object {
-            Some(key) => match old.objects.get(key) {
-                Some(object) => {
-                    self.objects.entry(key.clone()).or_insert_with(|| object.clone());
-                }
-                None => self.unknown |= old.unknown,
-            },
-            None => {
-                self.unknown |= old.unknown;
-                for (key, object) in &old.objects {
-                    self.objects.entry(key.clone()).or_insert_with(|| object.clone());
-                }
-            }
+        self.unknown |= old.unknown;
+        let meant = |key: &ObjectKey| error.object.as_ref().is_none_or(|named| named == key);
+        for (key, object) in old.objects.iter().filter(|(key, _)| meant(key)) {
+            self.objects
+                .entry(key.clone())
+                .or_insert_with(|| object.clone());
         }
     }
 }
@@ -344,6 +342,10 @@ mod tests {
         }
     }
 
+    fn problems(folder: &Folder) -> usize {
+        folder.files.values().map(|file| file.problems.len()).sum()
+    }
+
     #[test]
     fn only_what_changed_is_told() {
         let mut f = Fixture::new();
@@ -390,16 +392,19 @@ mod tests {
         f.scan();
         // A field is wrong: this object stays as it was, the other one changes.
         let wrong = a.replace("port: 80", "port: http");
-        f.write("x.yaml", &format!("{wrong}---\n{}", service("b", "10.0.0.3")));
+        f.write(
+            "x.yaml",
+            &format!("{wrong}---\n{}", service("b", "10.0.0.3")),
+        );
         assert_eq!(f.scan(), ["+Service default/b"]);
-        assert_eq!(f.folder.problems().count(), 1);
+        assert_eq!(problems(&f.folder), 1);
         // The YAML is broken: nothing that was there is told as gone.
         f.write("x.yaml", "{");
         assert!(f.scan().is_empty());
         // Repaired, with one of the two left.
         f.write("x.yaml", &a);
         assert_eq!(f.scan(), ["-Service default/b"]);
-        assert_eq!(f.folder.problems().count(), 0);
+        assert_eq!(problems(&f.folder), 0);
     }
 
     #[test]

@@ -1,0 +1,175 @@
+//! The verb ADD: a pod gets its interface.
+//!
+//! Everything is checked before anything is made, and the lease is durable at
+//! the agent before its address is used. A failure takes back what was made;
+//! a `kill -9` leaves what the DEL after it finds by name and alias.
+
+use std::path::Path;
+
+use ferrule_api::PodName;
+use ferrule_model::names::Attachment;
+use serde_json::Value;
+
+use crate::agent;
+use crate::config::Config;
+use crate::failure::{Code, Failure};
+use crate::fault::{self, Step};
+use crate::kernel::{Kernel, KernelError, Link};
+use crate::netns::Netns;
+use crate::pair::Pair;
+use crate::report;
+use crate::sysctl;
+use crate::undo::{self, Undo};
+
+/// What the runtime told about the pod.
+#[derive(Debug)]
+pub(crate) struct Request<'a> {
+    pub(crate) attachment: &'a Attachment,
+    pub(crate) netns: &'a Path,
+    pub(crate) pod: Option<PodName>,
+}
+
+/// Both sides of the pair to be, checked and with nothing made yet.
+struct Sides {
+    netns: Netns,
+    host: Kernel,
+    pod: Kernel,
+    /// Index of the pod's loopback interface.
+    loopback: u32,
+}
+
+/// Makes the interface and hands its result to `print`, which is part of ADD:
+/// a runtime that never got the result will not use the interface.
+pub(crate) async fn run(
+    config: &Config,
+    request: Request<'_>,
+    print: impl FnOnce(&Value) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    if config.previous.is_some() {
+        return Err(Failure::new(
+            Code::InvalidConfiguration,
+            "the network configuration has a prevResult: ferrule makes the interface, so it must be the first plugin of the list",
+        ));
+    }
+    let sides = validate(&request).await?;
+    fault::reached(Step::Validated);
+    let mut undo = Undo::default();
+    let attachment = request.attachment;
+    match make(config, request, &sides, &mut undo, print).await {
+        Ok(()) => Ok(()),
+        Err(failure) => {
+            let left = undo.run(config, attachment, &sides.host).await;
+            Err(failure.with_details(left))
+        }
+    }
+}
+
+/// Opens both namespaces and makes sure that the interface is not there yet.
+async fn validate(request: &Request<'_>) -> Result<Sides, Failure> {
+    let netns = Netns::open(request.netns)?;
+    let host = Kernel::open()?;
+    let pod = netns.inside(Kernel::open)??;
+    let interface = &request.attachment.interface;
+    if pod.link(interface.as_str()).await?.is_some() {
+        return Err(Failure::new(
+            Code::Taken,
+            format!(
+                "interface {interface} exists already in network namespace {}: the runtime has to call DEL before it calls ADD again",
+                request.netns.display()
+            ),
+        ));
+    }
+    // Every namespace has one, but its name is only a habit of the kernel.
+    let loopback = pod.link("lo").await?.map_or(1, |link| link.index);
+    Ok(Sides {
+        netns,
+        host,
+        pod,
+        loopback,
+    })
+}
+
+/// Everything that has to be undone after a failure.
+async fn make(
+    config: &Config,
+    request: Request<'_>,
+    sides: &Sides,
+    undo: &mut Undo,
+    print: impl FnOnce(&Value) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let attachment = request.attachment;
+    let allocation = agent::allocate(config, attachment, request.pod).inspect_err(|error| {
+        if error.may_hold_lease() {
+            undo.lease();
+        }
+    })?;
+    undo.lease();
+    fault::reached(Step::Leased);
+    let pair = Pair::new(attachment, allocation.mtu, allocation.addresses);
+    make_link(attachment, sides, &pair).await?;
+    undo.link();
+    fault::reached(Step::LinkMade);
+    configure_pod(sides, &pair).await?;
+    fault::reached(Step::PodConfigured);
+    configure_host(sides, &pair).await?;
+    fault::reached(Step::HostConfigured);
+    let netns = request.netns.to_string_lossy();
+    let result = report::added(config.version, &pair, &netns);
+    fault::reached(Step::BeforeResult);
+    print(&result)
+}
+
+/// Makes the pair, after removing the host's end of an earlier life of this
+/// attachment. That one is provably ours, and its pod is gone: the interface
+/// is not in the namespace that the runtime now gives for it.
+async fn make_link(attachment: &Attachment, sides: &Sides, pair: &Pair) -> Result<(), KernelError> {
+    let create = || {
+        let order = pair.create(sides.netns.raw_fd());
+        sides.host.carry_out(vec![order])
+    };
+    match create().await {
+        Err(error) if error.already_exists() => {
+            undo::remove_host_end(&sides.host, attachment).await?;
+            create().await
+        }
+        other => other,
+    }
+}
+
+/// The pod's end: settings, addresses, gateway. The loopback interface too,
+/// since not every runtime brings it up.
+async fn configure_pod(sides: &Sides, pair: &Pair) -> Result<(), Failure> {
+    let name = &pair.pod_name;
+    let link = made(sides.pod.link(name.as_str()).await?, name.as_str())?;
+    let mut settings = vec![sysctl::NO_DAD];
+    if pair.has_ipv6() {
+        settings.push(sysctl::IPV6_ON);
+    }
+    sides
+        .netns
+        .inside(|| sysctl::apply(&pair.pod_name, &settings))??;
+    let orders = pair.pod_side(link.index, sides.loopback);
+    Ok(sides.pod.carry_out(orders).await?)
+}
+
+/// The host's end: settings, routes to the pod, its neighbour entries.
+async fn configure_host(sides: &Sides, pair: &Pair) -> Result<(), Failure> {
+    let name = &pair.host_name;
+    let link = made(sides.host.link(name.as_str()).await?, name.as_str())?;
+    let mut settings = vec![sysctl::NO_DAD, sysctl::NO_REDIRECTS];
+    if pair.has_ipv6() {
+        settings.push(sysctl::IPV6_ON);
+    }
+    sysctl::apply(name, &settings)?;
+    Ok(sides.host.carry_out(pair.host_side(link.index)).await?)
+}
+
+/// The end of the pair that we have just made; somebody may remove it at once.
+fn made(link: Option<Link>, name: &str) -> Result<Link, Failure> {
+    link.ok_or_else(|| {
+        Failure::new(
+            Code::Io,
+            format!("interface {name} was removed while ADD was at work: see what else manages interfaces on this node"),
+        )
+    })
+}

@@ -1,0 +1,250 @@
+//! What the plugin wants from the agent: a lease, and its end.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use ferrule_api::queue::{self, QueueError};
+use ferrule_api::{Allocation, Answer, Call, Client, ClientError, ErrorCode, PodName};
+use ferrule_model::names::Attachment;
+
+use crate::config::{Config, MIN_MTU_IPV6};
+use crate::failure::{Code, Failure};
+
+/// For ADD. The agent's answer takes a commit to disk, of which hundreds may
+/// queue up after a reboot; the kubelet gives up after minutes.
+const ALLOCATE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// For DEL, which has the queue to fall back on and should not hold up the
+/// runtime.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// For STATUS, which containerd asks with every poll of the kubelet.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why there is no lease.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LeaseError {
+    #[error(
+        "{0}: the pod is started again when the ferrule-agent of this node runs; see its pod's status and log"
+    )]
+    Down(ClientError),
+    #[error("asking the agent for an address of {attachment} failed: {source}")]
+    Call {
+        attachment: Attachment,
+        source: ClientError,
+    },
+    #[error("the agent gives {attachment} no address: {message}")]
+    Refused {
+        attachment: Attachment,
+        code: ErrorCode,
+        message: String,
+    },
+    #[error(
+        "the agent's answer for {attachment} makes no sense: {reason}; install plugin and agent of the same release"
+    )]
+    Nonsense {
+        attachment: Attachment,
+        reason: String,
+    },
+    #[error(transparent)]
+    Withdraw(#[from] QueueError),
+}
+
+impl LeaseError {
+    /// Whether the agent may hold a lease that nobody will use.
+    pub(crate) fn may_hold_lease(&self) -> bool {
+        match self {
+            Self::Down(source) | Self::Call { source, .. } => source.may_have_taken_effect(),
+            // A refused call changed nothing.
+            Self::Refused { .. } | Self::Withdraw(_) => false,
+            Self::Nonsense { .. } => true,
+        }
+    }
+}
+
+impl From<LeaseError> for Failure {
+    fn from(error: LeaseError) -> Self {
+        let code = match &error {
+            LeaseError::Down(_)
+            | LeaseError::Call {
+                source: ClientError::Timeout { .. },
+                ..
+            }
+            | LeaseError::Refused {
+                code: ErrorCode::NotReady | ErrorCode::PoolExhausted,
+                ..
+            } => Code::TryAgainLater,
+            LeaseError::Call { .. }
+            | LeaseError::Refused {
+                code: ErrorCode::BadRequest | ErrorCode::Internal,
+                ..
+            }
+            | LeaseError::Nonsense { .. } => Code::Agent,
+            LeaseError::Withdraw(_) => Code::Io,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+/// Leases addresses for an attachment; durable at the agent when this returns.
+pub(crate) fn allocate(
+    config: &Config,
+    attachment: &Attachment,
+    pod: Option<PodName>,
+) -> Result<Allocation, LeaseError> {
+    let named = |source: ClientError| {
+        if source.agent_is_down() {
+            LeaseError::Down(source)
+        } else {
+            LeaseError::Call {
+                attachment: attachment.clone(),
+                source,
+            }
+        }
+    };
+    // Before anything is leased: a release of an earlier life of this
+    // attachment that still waits would end the new lease.
+    queue::withdraw(&config.state_dir, attachment)?;
+    let mut client = Client::connect(&config.agent_socket, ALLOCATE_TIMEOUT).map_err(named)?;
+    let answer = client
+        .call(Call::Allocate {
+            attachment: attachment.clone(),
+            pod,
+        })
+        .map_err(named)?;
+    let nonsense = |reason| LeaseError::Nonsense {
+        attachment: attachment.clone(),
+        reason,
+    };
+    match answer {
+        Answer::Allocated(allocation) => {
+            let allocation = Allocation {
+                mtu: config.mtu.unwrap_or(allocation.mtu),
+                ..allocation
+            };
+            check(&allocation).map_err(nonsense)?;
+            Ok(allocation)
+        }
+        Answer::Error(error) => Err(LeaseError::Refused {
+            attachment: attachment.clone(),
+            code: error.code,
+            message: error.message,
+        }),
+        Answer::Released => Err(nonsense("a release was not asked for".to_owned())),
+    }
+}
+
+/// Whether an allocation can be put on a pod's interface.
+fn check(allocation: &Allocation) -> Result<(), String> {
+    let ips: Vec<IpAddr> = allocation.ips().collect();
+    let ipv6 = ips.iter().filter(|ip| ip.is_ipv6()).count();
+    if ips.is_empty() || ipv6 > 1 || ips.len() - ipv6 > 1 {
+        return Err(format!(
+            "{} addresses instead of one of each family",
+            ips.len()
+        ));
+    }
+    for address in &allocation.addresses {
+        let ip = address.ip();
+        let whole = if ip.is_ipv6() { 128 } else { 32 };
+        if address.prefix() != whole || ip.is_unspecified() || ip.is_loopback() || ip.is_multicast()
+        {
+            return Err(format!("{address} is no address of one host"));
+        }
+    }
+    let least = if ipv6 > 0 { MIN_MTU_IPV6 } else { 68 };
+    if !(least..=65535).contains(&allocation.mtu) {
+        return Err(format!(
+            "an MTU of {} is not within {least} to 65535",
+            allocation.mtu
+        ));
+    }
+    Ok(())
+}
+
+/// How a lease ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Released {
+    /// The agent has ended it.
+    ByAgent,
+    /// It waits on disk for the agent, for this reason.
+    Queued(String),
+}
+
+/// The agent did not end a lease, and it could not be queued either.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the lease of {attachment} was not released ({agent}), and it cannot be queued for later: {queue}"
+)]
+pub(crate) struct ReleaseError {
+    attachment: Attachment,
+    agent: String,
+    queue: QueueError,
+}
+
+impl From<ReleaseError> for Failure {
+    fn from(error: ReleaseError) -> Self {
+        Self::new(Code::Io, error.to_string())
+    }
+}
+
+/// Ends an attachment's lease, or has it ended once the agent is back.
+pub(crate) fn release(config: &Config, attachment: &Attachment) -> Result<Released, ReleaseError> {
+    let reason = match ask_to_release(config, attachment) {
+        Ok(Answer::Released) => return Ok(Released::ByAgent),
+        Ok(Answer::Error(error)) => error.message,
+        Ok(Answer::Allocated(_)) => "the agent answered another call".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    match queue::push(&config.state_dir, attachment) {
+        Ok(_) => Ok(Released::Queued(reason)),
+        Err(queue) => Err(ReleaseError {
+            attachment: attachment.clone(),
+            agent: reason,
+            queue,
+        }),
+    }
+}
+
+fn ask_to_release(config: &Config, attachment: &Attachment) -> Result<Answer, ClientError> {
+    Client::connect(&config.agent_socket, RELEASE_TIMEOUT)?.call(Call::Release {
+        attachment: attachment.clone(),
+    })
+}
+
+/// The verb STATUS: whether somebody takes connections at the agent's socket.
+pub(crate) fn status(config: &Config) -> Result<(), Failure> {
+    Client::connect(&config.agent_socket, STATUS_TIMEOUT)
+        .map(drop)
+        .map_err(|error| Failure::new(Code::NotAvailable, error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn allocations_that_make_no_sense() {
+        let with = |addresses: &[&str], mtu| {
+            check(&Allocation {
+                addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+                mtu,
+            })
+        };
+        assert_eq!(with(&["10.0.0.2/32", "fd00::2/128"], 1500), Ok(()));
+        assert_eq!(with(&["10.0.0.2/32"], 576), Ok(()));
+        for (addresses, mtu) in [
+            (&[][..], 1500),
+            (&["10.0.0.2/32", "10.0.0.3/32"], 1500),
+            (&["10.0.0.2/24"], 1500),
+            (&["127.0.0.1/32"], 1500),
+            (&["ff02::1/128"], 1500),
+            (&["::/128"], 1500),
+            (&["fd00::2/128"], 576),
+            (&["10.0.0.2/32"], 0),
+            (&["10.0.0.2/32"], 70000),
+        ] {
+            assert!(with(addresses, mtu).is_err(), "{addresses:?} {mtu}");
+        }
+    }
+}

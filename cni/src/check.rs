@@ -1,0 +1,193 @@
+//! The verb CHECK: is the pod's network still what ADD reported?
+//!
+//! Compared are the interfaces, their MACs, the pod's addresses, its routes,
+//! and the host's routes to it. Nothing is repaired.
+
+use std::net::IpAddr;
+use std::path::Path;
+
+use ferrule_model::names::Attachment;
+use ferrule_model::ownership;
+use ipnetwork::IpNetwork;
+use serde::Deserialize;
+
+use crate::config::Config;
+use crate::failure::{Code, Failure};
+use crate::kernel::{Kernel, Link};
+use crate::netns::Netns;
+
+/// The parts of a result that we compare; plugins after us may have added to
+/// it what we know nothing of.
+#[derive(Debug, Deserialize)]
+struct Previous {
+    #[serde(default)]
+    interfaces: Vec<Interface>,
+    #[serde(default)]
+    ips: Vec<Ip>,
+    #[serde(default)]
+    routes: Vec<Route>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Interface {
+    name: String,
+    mac: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Ip {
+    address: IpNetwork,
+    interface: Option<usize>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Route {
+    dst: IpNetwork,
+    gw: Option<IpAddr>,
+}
+
+/// Compares; the failure names every difference.
+pub(crate) async fn run(
+    config: &Config,
+    attachment: &Attachment,
+    netns: &Path,
+) -> Result<(), Failure> {
+    let previous = previous(config)?;
+    let netns = Netns::open(netns)?;
+    let host = Kernel::open()?;
+    let pod = netns.inside(Kernel::open)??;
+    let mut differences = Vec::new();
+    check_host(&host, attachment, &previous, &mut differences).await?;
+    check_pod(&pod, attachment, &previous, &mut differences).await?;
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::Differs,
+        format!(
+            "the network of {attachment} is not what ADD made: {}; restart the pod",
+            differences.join(", ")
+        ),
+    ))
+}
+
+fn previous(config: &Config) -> Result<Previous, Failure> {
+    let value = config.previous.as_ref().ok_or_else(|| {
+        Failure::new(
+            Code::InvalidConfiguration,
+            "CHECK needs the prevResult of ADD in the network configuration: the runtime has to pass it",
+        )
+    })?;
+    Previous::deserialize(value).map_err(|error| {
+        Failure::new(
+            Code::InvalidConfiguration,
+            format!("prevResult of the network configuration is not understood: {error}"),
+        )
+    })
+}
+
+impl Previous {
+    /// Our addresses: those on the pod's interface, and those that name none.
+    fn addresses(&self, attachment: &Attachment) -> impl Iterator<Item = IpNetwork> {
+        self.ips.iter().filter_map(move |ip| {
+            let name = match ip.interface {
+                None => return Some(ip.address),
+                Some(index) => &self.interfaces.get(index)?.name,
+            };
+            (name == attachment.interface.as_str()).then_some(ip.address)
+        })
+    }
+
+    fn mac(&self, name: &str) -> Option<&str> {
+        self.interfaces
+            .iter()
+            .find(|interface| interface.name == name)?
+            .mac
+            .as_deref()
+    }
+}
+
+/// Whether an interface is up and has the MAC that was reported.
+fn check_link(link: &Link, previous: &Previous, differences: &mut Vec<String>) {
+    if !link.up {
+        differences.push(format!("interface {} is down", link.name));
+    }
+    if let (Some(reported), Some(mac)) = (previous.mac(&link.name), link.mac)
+        && !reported.eq_ignore_ascii_case(&mac.to_string())
+    {
+        differences.push(format!(
+            "interface {} has MAC {mac} instead of {reported}",
+            link.name
+        ));
+    }
+}
+
+async fn check_host(
+    host: &Kernel,
+    attachment: &Attachment,
+    previous: &Previous,
+    differences: &mut Vec<String>,
+) -> Result<(), Failure> {
+    let name = ownership::host_veth_name(attachment);
+    let found = host.link(name.as_str()).await?;
+    let Some(link) = found.filter(|link| link.is_host_end_of(attachment)) else {
+        differences.push(format!("interface {name} of the node is missing"));
+        return Ok(());
+    };
+    check_link(&link, previous, differences);
+    for address in previous.addresses(attachment) {
+        let way = host.way_to(address.ip()).await?;
+        if way.is_none_or(|(interface, _)| interface != link.index) {
+            differences.push(format!(
+                "the node's route to {} does not lead to {name}",
+                address.ip()
+            ));
+        }
+    }
+    Ok(())
+}
+
+async fn check_pod(
+    pod: &Kernel,
+    attachment: &Attachment,
+    previous: &Previous,
+    differences: &mut Vec<String>,
+) -> Result<(), Failure> {
+    let name = attachment.interface.as_str();
+    let Some(link) = pod.link(name).await? else {
+        differences.push(format!("interface {name} of the pod is missing"));
+        return Ok(());
+    };
+    check_link(&link, previous, differences);
+    let present = pod.addresses(link.index).await?;
+    for address in previous.addresses(attachment) {
+        if !present.contains(&address) {
+            differences.push(format!("address {address} of the pod is missing"));
+        }
+    }
+    for route in &previous.routes {
+        // Only default routes are ours; a lookup of an address that no other
+        // route can match shows whether one stands.
+        if route.dst.prefix() > 0 {
+            continue;
+        }
+        let probe = somewhere(route.dst.ip());
+        let way = pod.way_to(probe).await?;
+        if way != Some((link.index, route.gw)) {
+            differences.push(format!(
+                "the pod's route to {} is missing or another",
+                route.dst
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// An address that only a default route leads to, from the ranges set aside
+/// for documentation (RFC 5737, RFC 3849).
+fn somewhere(family: IpAddr) -> IpAddr {
+    match family {
+        IpAddr::V4(_) => IpAddr::from([192, 0, 2, 1]),
+        IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1]),
+    }
+}

@@ -1,0 +1,94 @@
+//! CHECK and STATUS.
+
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+mod support;
+
+use serde_json::{Value, json};
+
+use support::{Node, Pod, ip};
+
+fn added() -> (Node, Pod, Value) {
+    let mut node = Node::new();
+    let pod = Pod::new();
+    let result = node.add("abc", &pod);
+    node.extra = json!({"prevResult": result});
+    (node, pod, result)
+}
+
+fn difference(node: &Node, pod: &Pod) -> String {
+    let error = node.call("CHECK", "abc", &pod.path()).error(102);
+    error["msg"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn what_add_made_passes() {
+    let (mut node, pod, result) = added();
+    node.call("CHECK", "abc", &pod.path()).result();
+    node.version = "0.4.0";
+    node.call("CHECK", "abc", &pod.path()).result();
+    // Plugins after us add to the result.
+    let mut more = result;
+    more["interfaces"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"name": "ifb0"}));
+    let ip = json!({"address": "10.9.9.9/24", "interface": 2});
+    more["ips"].as_array_mut().unwrap().push(ip);
+    node.extra = json!({"prevResult": more});
+    node.call("CHECK", "abc", &pod.path()).result();
+}
+
+#[test]
+fn each_difference_is_named() {
+    for (broken, words) in [
+        ("addr del 10.1.0.2/32 dev eth0", "address 10.1.0.2/32"),
+        ("-6 addr del fd01::2/128 dev eth0", "address fd01::2/128"),
+        ("route del default", "route to 0.0.0.0/0"),
+        ("-6 route del default", "route to ::/0"),
+        ("link set eth0 down", "eth0 is down"),
+        (
+            "link set eth0 address 02:00:00:00:00:01",
+            "MAC 02:00:00:00:00:01",
+        ),
+    ] {
+        let (node, pod, _) = added();
+        pod.inside(|| ip(broken));
+        let said = difference(&node, &pod);
+        assert!(said.contains(words), "{broken}: {said}");
+    }
+    let (node, pod, result) = added();
+    let host = result["interfaces"][0]["name"].as_str().unwrap();
+    ip(&format!("route del 10.1.0.2 dev {host}"));
+    assert!(difference(&node, &pod).contains("node's route to 10.1.0.2"));
+    ip(&format!("link del {host}"));
+    let said = difference(&node, &pod);
+    assert!(said.contains("eth0 of the pod is missing"), "{said}");
+    assert!(said.contains(host), "{said}");
+}
+
+#[test]
+fn what_it_needs() {
+    let (mut node, pod, result) = added();
+    node.extra = json!({});
+    node.call("CHECK", "abc", &pod.path()).error(7);
+    node.extra = json!({"prevResult": {"ips": [{"address": "x"}]}});
+    node.call("CHECK", "abc", &pod.path()).error(7);
+    node.extra = json!({"prevResult": result});
+    node.call("CHECK", "abc", "/run/netns/that-never-was")
+        .error(3);
+    node.version = "0.3.1";
+    node.call("CHECK", "abc", &pod.path()).error(1);
+}
+
+#[test]
+fn status_says_whether_the_agent_is_there() {
+    let mut node = Node::new();
+    node.version = "1.1.0";
+    assert_eq!(node.call("STATUS", "", "").result(), Value::Null);
+    node.stop_agent();
+    let error = node.call("STATUS", "", "").error(50);
+    assert!(error["msg"].as_str().unwrap().contains("agent.sock"));
+    node.version = "1.0.0";
+    node.call("STATUS", "", "").error(1);
+}

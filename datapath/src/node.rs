@@ -1,0 +1,463 @@
+//! The kernel of one node: opened, observed, changed, cleaned.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use ferrule_model::address::FrontendAddr;
+use ferrule_model::change::Change;
+use ferrule_model::names::IfName;
+use ferrule_model::observed::Observed;
+use ferrule_model::ownership::owns_virtual_service;
+use ferrule_model::service::{Scheduler, Scheduling, VirtualService, Weight};
+use ferrule_netlink::Error;
+
+use crate::apply::{ChangeError, Kernel};
+use crate::filter::{self, Element, Elements, RulesetError};
+use crate::ipvs::{
+    self, ForwardMethod, Order, RealServer, ServerSettings, Service, ServiceFlags, ServiceKey,
+    ServiceSettings,
+};
+use crate::modules;
+use crate::sysctl;
+use crate::vip::{DeviceError, VipDevice};
+
+/// Weight by which a real server is observed whose other settings are not ours
+/// (limits, a forwarding method other than NAT): no desired weight equals it,
+/// so it is put right or removed.
+const FOREIGN_SETTINGS: Weight = Weight::MAX;
+
+/// `IP_VS_SVC_F_SCHED1` is bit 3.
+const SCHEDULER_FLAGS_SHIFT: u32 = 3;
+const SCHEDULER_FLAGS: u32 = 0b111;
+
+/// How our things are called and where the kernel's are.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The dummy device that carries the VIPs.
+    pub vip_device: IfName,
+    /// Our nftables table.
+    pub nft_table: String,
+    /// Where `/proc/sys` is.
+    pub sysctl_root: PathBuf,
+    /// Whether kernel modules may be loaded.
+    pub load_modules: bool,
+    /// The program that loads the base ruleset.
+    pub nft_program: PathBuf,
+}
+
+/// Why services cannot be programmed. Each names the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No IPVS.
+    #[error(
+        "this kernel has no IPVS ({0}); load it with `modprobe ip_vs`, or use a kernel that has it"
+    )]
+    NoIpvs(Error),
+    /// A socket could not be made.
+    #[error("cannot talk to the kernel: {0}")]
+    Socket(Error),
+    /// The VIP device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The guard.
+    #[error(transparent)]
+    Ruleset(#[from] RulesetError),
+    /// A sysctl.
+    #[error("{0}")]
+    Sysctl(String),
+}
+
+/// Why the kernel's state is not known.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot list {what}: {source}")]
+pub struct ObserveError {
+    what: String,
+    source: Error,
+}
+
+impl ObserveError {
+    fn of(what: impl Into<String>) -> impl FnOnce(Error) -> Self {
+        let what = what.into();
+        move |source| Self { what, source }
+    }
+}
+
+/// What could not be removed.
+#[derive(Debug, thiserror::Error)]
+pub struct CleanupError(Vec<String>);
+
+impl fmt::Display for CleanupError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("; "))
+    }
+}
+
+/// The kernel of one network namespace.
+#[derive(Debug)]
+pub struct Node {
+    ipvs: ipvs::Client,
+    elements: Elements,
+    device: VipDevice,
+}
+
+impl Node {
+    /// Prepares the kernel of the calling thread's network namespace: modules,
+    /// sysctls, the VIP device, the guard. Idempotent.
+    ///
+    /// # Errors
+    /// [`OpenError`]; what was prepared stays and does no harm.
+    pub async fn open(settings: Settings) -> Result<Self, OpenError> {
+        if settings.load_modules {
+            modules::load().await;
+        }
+        let ipvs = ipvs::Client::open().await.map_err(|error| {
+            if error.is_not_found() {
+                OpenError::NoIpvs(error)
+            } else {
+                OpenError::Socket(error)
+            }
+        })?;
+        sysctl::ensure(&settings.sysctl_root)
+            .map_err(|error| OpenError::Sysctl(error.to_string()))?;
+        filter::load(&settings.nft_program, &settings.nft_table).await?;
+        Ok(Self {
+            ipvs,
+            elements: Elements::open(&settings.nft_table).map_err(OpenError::Socket)?,
+            device: VipDevice::ensure(&settings.vip_device).await?,
+        })
+    }
+
+    /// What of ours the kernel holds. Changes nothing.
+    ///
+    /// # Errors
+    /// [`ObserveError`]; what is returned is complete.
+    pub async fn observe(&self) -> Result<Observed, ObserveError> {
+        let mut observed = Observed::default();
+        let elements = self.elements.list().await;
+        for element in elements.map_err(ObserveError::of("the guard's sets"))? {
+            match element {
+                Element::Vip(ip) => observed.guarded.insert(ip),
+                Element::Frontend(addr) => observed.allowed.insert(addr),
+            };
+        }
+        let device = format!("the addresses of {}", self.device.name());
+        let addresses = self.device.addresses().await;
+        observed.bound = addresses.map_err(ObserveError::of(device))?;
+        let vips: BTreeSet<IpAddr> = &observed.guarded | &observed.bound;
+        let services = self.ipvs.services().await;
+        for service in services.map_err(ObserveError::of("virtual services"))? {
+            let ServiceKey::Address(addr) = service.key else {
+                // By firewall mark: never ours.
+                continue;
+            };
+            if !owns_virtual_service(&addr, &vips) {
+                continue;
+            }
+            let servers = self.ipvs.servers(&service.key).await;
+            let servers = servers.map_err(ObserveError::of(format!("real servers of {addr}")))?;
+            let virtual_service = VirtualService {
+                scheduling: scheduling(&service),
+                servers: servers.iter().map(|s| (s.addr, weight(s))).collect(),
+            };
+            observed.services.insert(addr, virtual_service);
+        }
+        Ok(observed)
+    }
+
+    async fn orders(&self, orders: Vec<Order>) -> Vec<Result<(), Error>> {
+        self.ipvs.carry_out(&orders).await
+    }
+
+    /// Makes something, or makes it exact where it is there already; or the
+    /// other way round. `second` says whether the first refusal calls for it.
+    async fn orders_with_second(
+        &self,
+        first: Vec<Order>,
+        second: Vec<Order>,
+        calls_for_second: fn(&Error) -> bool,
+    ) -> Vec<Result<(), Error>> {
+        let mut results = self.orders(first).await;
+        let again: Vec<usize> = results
+            .iter()
+            .enumerate()
+            .filter(|(_, result)| result.as_ref().is_err_and(calls_for_second))
+            .map(|(index, _)| index)
+            .collect();
+        if again.is_empty() {
+            return results;
+        }
+        let orders = again
+            .iter()
+            .filter_map(|i| second.get(*i).cloned())
+            .collect();
+        let seconds = self.orders(orders).await;
+        for (index, result) in again.into_iter().zip(seconds) {
+            if let Some(slot) = results.get_mut(index) {
+                *slot = result;
+            }
+        }
+        results
+    }
+}
+
+/// Changes of one kind, taken apart.
+#[derive(Default)]
+struct Run {
+    ips: Vec<IpAddr>,
+    elements: Vec<Element>,
+    first: Vec<Order>,
+    second: Vec<Order>,
+}
+
+impl Run {
+    fn of(changes: &[Change]) -> Self {
+        let mut run = Self::default();
+        for change in changes {
+            run.take(change);
+        }
+        run
+    }
+
+    fn take(&mut self, change: &Change) {
+        let key = |addr: &FrontendAddr| ServiceKey::Address(*addr);
+        match change {
+            Change::UnbindVip(ip) | Change::BindVip(ip) => self.ips.push(*ip),
+            Change::UnguardVip(ip) | Change::GuardVip(ip) => self.elements.push(Element::Vip(*ip)),
+            Change::DisallowFrontend(addr) | Change::AllowFrontend(addr) => {
+                self.elements.push(Element::Frontend(*addr));
+            }
+            Change::RemoveService(addr) => self.first.push(Order::DeleteService(key(addr))),
+            Change::AddService(addr, how) => {
+                self.first
+                    .push(Order::AddService(key(addr), service_settings(addr, how)));
+                self.second
+                    .push(Order::SetService(key(addr), service_settings(addr, how)));
+            }
+            Change::UpdateService(addr, how) => {
+                self.first
+                    .push(Order::SetService(key(addr), service_settings(addr, how)));
+            }
+            Change::AddServer(addr, backend, weight) => {
+                let settings = ServerSettings::nat(*weight);
+                self.first
+                    .push(Order::AddServer(key(addr), *backend, settings));
+                self.second
+                    .push(Order::SetServer(key(addr), *backend, settings));
+            }
+            Change::UpdateServer(addr, backend, weight) => {
+                let settings = ServerSettings::nat(*weight);
+                self.first
+                    .push(Order::SetServer(key(addr), *backend, settings));
+            }
+            Change::RemoveServer(addr, backend) => {
+                self.first.push(Order::DeleteServer(key(addr), *backend));
+            }
+        }
+    }
+}
+
+impl Kernel for Node {
+    async fn execute(&mut self, changes: &[Change]) -> Vec<Result<(), ChangeError>> {
+        let Some(kind) = changes.first() else {
+            return Vec::new();
+        };
+        let run = Run::of(changes);
+        let (results, gone) = match kind {
+            Change::UnbindVip(_) => (self.device.unbind(&run.ips).await, Gone::Fine),
+            Change::BindVip(_) => (self.device.bind(&run.ips).await, Gone::Contradicts),
+            Change::UnguardVip(_) | Change::DisallowFrontend(_) => {
+                (self.elements.remove(&run.elements).await, Gone::Contradicts)
+            }
+            Change::GuardVip(_) | Change::AllowFrontend(_) => {
+                (self.elements.add(&run.elements).await, Gone::Contradicts)
+            }
+            Change::RemoveService(_) | Change::RemoveServer(..) => {
+                (self.orders(run.first).await, Gone::Fine)
+            }
+            Change::AddService(..) => {
+                let exists = Error::already_exists;
+                let results = self.orders_with_second(run.first, run.second, exists).await;
+                // Not found is the scheduler, not something that we believed to be there.
+                (results, Gone::Fails)
+            }
+            Change::AddServer(..) => {
+                let exists = Error::already_exists;
+                let results = self.orders_with_second(run.first, run.second, exists).await;
+                (results, Gone::Contradicts)
+            }
+            Change::UpdateService(..) | Change::UpdateServer(..) => {
+                (self.orders(run.first).await, Gone::Contradicts)
+            }
+        };
+        results
+            .into_iter()
+            .map(|result| judge(result, gone))
+            .collect()
+    }
+}
+
+/// What "not found" means for a change.
+#[derive(Clone, Copy)]
+enum Gone {
+    /// It is as it should be.
+    Fine,
+    /// Something that the change builds on was removed by another.
+    Contradicts,
+    /// A failure as any other.
+    Fails,
+}
+
+fn judge(result: Result<(), Error>, gone: Gone) -> Result<(), ChangeError> {
+    result.or_else(|error| match gone {
+        Gone::Fine if error.is_not_found() => Ok(()),
+        Gone::Contradicts if error.is_not_found() => Err(ChangeError::contradicts(error)),
+        Gone::Fine | Gone::Contradicts | Gone::Fails => Err(ChangeError::new(error)),
+    })
+}
+
+fn service_settings(addr: &FrontendAddr, scheduling: &Scheduling) -> ServiceSettings {
+    let scheduler_flags =
+        (u32::from(scheduling.scheduler_flags) & SCHEDULER_FLAGS) << SCHEDULER_FLAGS_SHIFT;
+    let mut flags = ServiceFlags::from_bits(scheduler_flags);
+    if scheduling.persistence.is_some() {
+        flags = flags | ServiceFlags::PERSISTENT;
+    }
+    ServiceSettings {
+        scheduler: scheduling.scheduler.name().to_owned(),
+        flags,
+        timeout: scheduling.persistence.unwrap_or(0),
+        prefix: ferrule_model::address::Family::of(addr.ip).bits(),
+        engine: None,
+    }
+}
+
+/// A service with settings that we never make is observed with a scheduler that
+/// does not exist, so that it differs from whatever is desired.
+fn scheduling(service: &Service) -> Scheduling {
+    let settings = &service.settings;
+    let ours = SCHEDULER_FLAGS << SCHEDULER_FLAGS_SHIFT
+        | ServiceFlags::PERSISTENT.bits()
+        | ServiceFlags::HASHED.bits();
+    let foreign = settings.flags.bits() & !ours != 0
+        || settings.prefix != service.key.family().bits()
+        || settings.engine.is_some();
+    let scheduler = if foreign {
+        Scheduler::Other(format!("{} with foreign settings", settings.scheduler))
+    } else {
+        Scheduler::from_name(&settings.scheduler)
+    };
+    let scheduler_flags = settings.flags.bits() >> SCHEDULER_FLAGS_SHIFT & SCHEDULER_FLAGS;
+    Scheduling {
+        scheduler,
+        scheduler_flags: scheduler_flags.to_le_bytes()[0],
+        persistence: settings
+            .flags
+            .contains(ServiceFlags::PERSISTENT)
+            .then_some(settings.timeout),
+    }
+}
+
+fn weight(server: &RealServer) -> Weight {
+    let settings = server.settings;
+    let ours = settings.forward == ForwardMethod::Nat || settings.forward == ForwardMethod::Local;
+    if ours && settings.upper == 0 && settings.lower == 0 {
+        settings.weight
+    } else {
+        FOREIGN_SETTINGS
+    }
+}
+
+/// Removes what is ours from the calling thread's network namespace: virtual
+/// services on our VIPs, the VIP device, our nftables table; nothing else.
+///
+/// # Errors
+/// Everything that could not be removed; what could is gone.
+pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
+    let mut problems = Vec::new();
+    let services = remove_services(&settings, &mut problems).await;
+    match VipDevice::find(&settings.vip_device).await {
+        Ok(None) => {}
+        // Its addresses prove whose the services are: it stays until these are gone.
+        Ok(Some(device)) if services => {
+            if let Err(error) = device.remove().await {
+                problems.push(format!("device {}: {error}", settings.vip_device));
+            }
+        }
+        Ok(Some(_)) => problems.push(format!("device {} stays", settings.vip_device)),
+        Err(error) => problems.push(error.to_string()),
+    }
+    if services && let Err(error) = filter::remove(&settings.nft_program, &settings.nft_table).await
+    {
+        problems.push(error.to_string());
+    }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(CleanupError(problems))
+    }
+}
+
+/// Whether all of our virtual services are gone.
+async fn remove_services(settings: &Settings, problems: &mut Vec<String>) -> bool {
+    let client = match ipvs::Client::open().await {
+        Ok(client) => client,
+        Err(error) if error.is_not_found() => return true,
+        Err(error) => {
+            problems.push(format!("virtual services: {error}"));
+            return false;
+        }
+    };
+    let vips = match our_vips(settings).await {
+        Ok(vips) => vips,
+        Err(error) => {
+            problems.push(error);
+            return false;
+        }
+    };
+    let services = match client.services().await {
+        Ok(services) => services,
+        Err(error) => {
+            problems.push(format!("virtual services: {error}"));
+            return false;
+        }
+    };
+    let orders: Vec<Order> = services
+        .iter()
+        .filter(|service| {
+            matches!(&service.key, ServiceKey::Address(addr) if owns_virtual_service(addr, &vips))
+        })
+        .map(|service| Order::DeleteService(service.key))
+        .collect();
+    let before = problems.len();
+    for (order, result) in orders.iter().zip(client.carry_out(&orders).await) {
+        if let Err(error) = result
+            && !error.is_not_found()
+        {
+            problems.push(format!("{order:?}: {error}"));
+        }
+    }
+    problems.len() == before
+}
+
+async fn our_vips(settings: &Settings) -> Result<BTreeSet<IpAddr>, String> {
+    let mut vips = BTreeSet::new();
+    let device = VipDevice::find(&settings.vip_device)
+        .await
+        .map_err(|error| error.to_string())?;
+    if let Some(device) = device {
+        let addresses = device.addresses().await;
+        vips.extend(addresses.map_err(|error| format!("device {}: {error}", device.name()))?);
+    }
+    let elements = Elements::open(&settings.nft_table).map_err(|error| error.to_string())?;
+    match elements.list().await {
+        Ok(elements) => vips.extend(elements.into_iter().filter_map(|element| match element {
+            Element::Vip(ip) => Some(ip),
+            Element::Frontend(_) => None,
+        })),
+        Err(error) if error.is_not_found() => {}
+        Err(error) => return Err(format!("table {}: {error}", settings.nft_table)),
+    }
+    Ok(vips)
+}

@@ -1,0 +1,232 @@
+//! The device that carries the VIPs.
+//!
+//! A dummy device, down and without ARP: IPVS takes requests on their way to a
+//! local socket, so a VIP must be an address of the node, and of no device that
+//! anybody sends on. Addresses are single hosts (/32, /128).
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ferrule_model::address::Family;
+use ferrule_model::names::IfName;
+use ferrule_netlink::{Error, Protocol, Socket, route};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
+};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+/// Why the device cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The kernel refused.
+    #[error("cannot {action} device {device}: {source}")]
+    Kernel {
+        /// What was tried.
+        action: &'static str,
+        /// On which device.
+        device: IfName,
+        /// Why not.
+        source: Error,
+    },
+    /// Somebody's device has the name.
+    #[error(
+        "device {device} exists and is no dummy device; rename it, or give the VIPs another device by --vip-device"
+    )]
+    Taken {
+        /// The device.
+        device: IfName,
+    },
+}
+
+/// The device and the way to its addresses.
+#[derive(Debug)]
+pub struct VipDevice {
+    socket: Socket,
+    name: IfName,
+    index: u32,
+}
+
+impl VipDevice {
+    /// Makes the device if it is missing, in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub async fn ensure(name: &IfName) -> Result<Self, DeviceError> {
+        if let Some(device) = Self::find(name).await? {
+            return Ok(device);
+        }
+        let failed = |source| DeviceError::Kernel {
+            action: "make",
+            device: name.clone(),
+            source,
+        };
+        let socket = Socket::open(Protocol::Route).map_err(failed)?;
+        let mut link = LinkMessage::default();
+        link.attributes = vec![
+            LinkAttribute::IfName(name.to_string()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Dummy)]),
+        ];
+        let order = route::encode(RouteNetlinkMessage::NewLink(link));
+        match socket.request(order, NLM_F_CREATE | NLM_F_EXCL).await {
+            Ok(_) => {}
+            // Made by another since we looked.
+            Err(error) if error.already_exists() => {}
+            Err(error) => return Err(failed(error)),
+        }
+        Self::find(name).await?.ok_or_else(|| {
+            failed(Error::Decode(
+                "the device is not there after it was made".to_owned(),
+            ))
+        })
+    }
+
+    /// The device, if it exists.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub async fn find(name: &IfName) -> Result<Option<Self>, DeviceError> {
+        let failed = |source| DeviceError::Kernel {
+            action: "find",
+            device: name.clone(),
+            source,
+        };
+        let socket = Socket::open(Protocol::Route).map_err(failed)?;
+        let mut link = LinkMessage::default();
+        link.attributes = vec![LinkAttribute::IfName(name.to_string())];
+        let question = route::encode(RouteNetlinkMessage::GetLink(link));
+        let answers = match socket.request(question, 0).await {
+            Ok(answers) => answers,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        let Some(answer) = answers.first() else {
+            return Ok(None);
+        };
+        let RouteNetlinkMessage::NewLink(link) = route::decode(answer).map_err(failed)? else {
+            return Ok(None);
+        };
+        if !is_dummy(&link) {
+            return Err(DeviceError::Taken {
+                device: name.clone(),
+            });
+        }
+        Ok(Some(Self {
+            socket,
+            name: name.clone(),
+            index: link.header.index,
+        }))
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &IfName {
+        &self.name
+    }
+
+    /// Every host address on the device; IPv6 link-local ones are the kernel's own.
+    ///
+    /// # Errors
+    /// [`Error`]; what is returned is complete.
+    pub async fn addresses(&self) -> Result<BTreeSet<IpAddr>, Error> {
+        let mut question = AddressMessage::default();
+        question.header.index = self.index;
+        let question = route::encode(RouteNetlinkMessage::GetAddress(question));
+        let mut addresses = BTreeSet::new();
+        for answer in self.socket.dump(question).await? {
+            if let RouteNetlinkMessage::NewAddress(message) = route::decode(&answer)? {
+                addresses.extend(self.host_address(&message));
+            }
+        }
+        Ok(addresses)
+    }
+
+    fn host_address(&self, message: &AddressMessage) -> Option<IpAddr> {
+        if message.header.index != self.index {
+            return None;
+        }
+        let ip = message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                AddressAttribute::Address(ip) => Some(*ip),
+                _ => None,
+            })?;
+        let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        let host = message.header.prefix_len == Family::of(ip).bits();
+        (host && !link_local).then_some(ip)
+    }
+
+    /// Puts addresses on the device. Those that are there already are fine. The
+    /// i-th result is that of the i-th address.
+    pub async fn bind(&self, ips: &[IpAddr]) -> Vec<Result<(), Error>> {
+        let orders = ips.iter().map(|ip| {
+            let message = RouteNetlinkMessage::NewAddress(self.address(*ip));
+            (route::encode(message), NLM_F_CREATE | NLM_F_EXCL)
+        });
+        let results = self.socket.batch(orders.collect()).await;
+        results
+            .into_iter()
+            .map(|result| match result {
+                Err(error) if error.already_exists() => Ok(()),
+                other => other,
+            })
+            .collect()
+    }
+
+    /// Takes addresses off the device. Those that are gone already are fine. The
+    /// i-th result is that of the i-th address.
+    pub async fn unbind(&self, ips: &[IpAddr]) -> Vec<Result<(), Error>> {
+        let orders = ips.iter().map(|ip| {
+            let message = RouteNetlinkMessage::DelAddress(self.address(*ip));
+            (route::encode(message), 0)
+        });
+        let results = self.socket.batch(orders.collect()).await;
+        results
+            .into_iter()
+            .map(|result| match result {
+                Err(error) if error.is_not_found() => Ok(()),
+                other => other,
+            })
+            .collect()
+    }
+
+    fn address(&self, ip: IpAddr) -> AddressMessage {
+        let mut message = AddressMessage::default();
+        message.header.family = match ip {
+            IpAddr::V4(_) => AddressFamily::Inet,
+            IpAddr::V6(_) => AddressFamily::Inet6,
+        };
+        message.header.prefix_len = Family::of(ip).bits();
+        message.header.index = self.index;
+        message.header.scope = AddressScope::Universe;
+        // Duplicate address detection would ask on a device that nobody hears.
+        if ip.is_ipv6() {
+            message.header.flags = AddressHeaderFlags::Nodad;
+        }
+        message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+        message
+    }
+
+    /// Removes the device with its addresses. One that is gone is fine.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn remove(self) -> Result<(), Error> {
+        let mut link = LinkMessage::default();
+        link.header.index = self.index;
+        let order = route::encode(RouteNetlinkMessage::DelLink(link));
+        match self.socket.request(order, 0).await {
+            Err(error) if !error.is_not_found() => Err(error),
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+}
+
+fn is_dummy(link: &LinkMessage) -> bool {
+    link.attributes.iter().any(|attribute| {
+        matches!(attribute, LinkAttribute::LinkInfo(infos)
+            if infos.contains(&LinkInfo::Kind(InfoKind::Dummy)))
+    })
+}
