@@ -93,18 +93,9 @@ impl Link {
     }
 
     /// Whether this is the host's end of the attachment's veth.
-    ///
-    /// The proof is name and alias. A link that a killed ADD left before it
-    /// could set the alias is recognised by the MAC instead, which is as much
-    /// a function of the attachment as the name is. Another's alias is never
-    /// overlooked.
     pub(crate) fn is_host_end_of(&self, attachment: &Attachment) -> bool {
-        let by_alias = ownership::owns_host_veth(attachment, &self.name, self.alias.as_deref());
-        let name = ownership::host_veth_name(attachment);
-        let unfinished = self.alias.is_none()
-            && self.name == name.as_str()
-            && self.mac == Some(pair::host_mac(&name));
-        self.veth && (by_alias || unfinished)
+        let mac = self.mac.map(|Mac(bytes)| bytes);
+        self.veth && ownership::owns_host_veth(attachment, &self.name, self.alias.as_deref(), mac)
     }
 }
 

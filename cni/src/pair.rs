@@ -96,8 +96,8 @@ impl Pair {
     pub(crate) fn new(attachment: &Attachment, mtu: u32, addresses: Vec<IpNetwork>) -> Self {
         let host_name = ownership::host_veth_name(attachment);
         Self {
-            host_mac: host_mac(&host_name),
-            pod_mac: pod_mac(&host_name),
+            host_mac: Mac(ownership::host_veth_mac(attachment)),
+            pod_mac: Mac(ownership::pod_veth_mac(attachment)),
             host_name,
             pod_name: attachment.interface.clone(),
             alias: ownership::host_veth_alias(attachment),
@@ -118,7 +118,7 @@ impl Pair {
     /// The kernel ignores `IFLA_IFALIAS` in a message that makes a link
     /// (`rtnl_create_link()`, seen with 6.18), so the alias comes later, with
     /// [`Pair::host_side`]. Until then the MAC is the proof that the link is
-    /// ours; see [`host_mac`].
+    /// ours; see [`ownership::owns_host_veth`].
     pub(crate) fn create(&self, netns: RawFd) -> Order {
         let mut peer = LinkMessage::default();
         peer.attributes = vec![
@@ -183,45 +183,6 @@ impl Pair {
         }
         orders
     }
-}
-
-/// MAC of the host's end: locally administered, and like its name a function
-/// of the attachment alone.
-///
-/// It is part of the message that makes the link, so it tells a link that a
-/// killed ADD left from another's of the same name when the alias, which can
-/// only be set afterwards, is not there yet: 60 bits of name and 45 bits of
-/// MAC do not agree by accident.
-pub(crate) fn host_mac(host_name: &IfName) -> Mac {
-    let [first, middle @ .., last] = mac(host_name);
-    joined(first, middle, last & 0xfe)
-}
-
-/// MAC of the pod's end, which differs from the host's in the last bit.
-fn pod_mac(host_name: &IfName) -> Mac {
-    let [first, middle @ .., last] = mac(host_name);
-    joined(first, middle, last | 0x01)
-}
-
-fn joined(first: u8, middle: [u8; 4], last: u8) -> Mac {
-    let mut bytes = [first; 6];
-    bytes[1..5].copy_from_slice(&middle);
-    bytes[5] = last;
-    Mac(bytes)
-}
-
-/// FNV-1a over a name that is a good hash already.
-fn mac(host_name: &IfName) -> [u8; 6] {
-    let hash = host_name
-        .as_str()
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        });
-    let [_, _, bytes @ ..] = hash.to_be_bytes();
-    let mut bytes: [u8; 6] = bytes;
-    bytes[0] = (bytes[0] & 0xfc) | 0x02;
-    bytes
 }
 
 fn family(ip: IpAddr) -> AddressFamily {

@@ -27,6 +27,14 @@ pub const HOST_VETH_PREFIX: &str = "fer";
 /// programs; iproute2's `rt_protos` does not list this one).
 pub const ROUTE_PROTOCOL: u8 = 101;
 
+fn digest(attachment: &Attachment) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(attachment.container_id.as_str());
+    hash.update([0]);
+    hash.update(attachment.interface.as_str());
+    hash.finalize().into()
+}
+
 /// Name of the host end of a pod's veth: the prefix and 60 bits of SHA-256 over
 /// the attachment in base 32, which fits the kernel's 15 bytes.
 ///
@@ -35,12 +43,7 @@ pub const ROUTE_PROTOCOL: u8 = 101;
 #[must_use]
 pub fn host_veth_name(attachment: &Attachment) -> IfName {
     const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
-    let mut hash = Sha256::new();
-    hash.update(attachment.container_id.as_str());
-    hash.update([0]);
-    hash.update(attachment.interface.as_str());
-    let digest = hash.finalize();
-    let mut bits = digest
+    let mut bits = digest(attachment)
         .iter()
         .take(8)
         .fold(0_u64, |bits, byte| (bits << 8) | u64::from(*byte));
@@ -53,6 +56,31 @@ pub fn host_veth_name(attachment: &Attachment) -> IfName {
     IfName::from_derived(name)
 }
 
+/// Hardware address of the host end: locally administered, unicast, and like
+/// the name a function of the attachment alone (45 other bits of the hash).
+#[must_use]
+pub fn host_veth_mac(attachment: &Attachment) -> [u8; 6] {
+    let mut mac = veth_mac(attachment);
+    mac[5] &= 0xfe;
+    mac
+}
+
+/// Hardware address of the pod's end, which differs from the host's in the last bit.
+#[must_use]
+pub fn pod_veth_mac(attachment: &Attachment) -> [u8; 6] {
+    let mut mac = veth_mac(attachment);
+    mac[5] |= 0x01;
+    mac
+}
+
+fn veth_mac(attachment: &Attachment) -> [u8; 6] {
+    let digest = digest(attachment);
+    let mut mac = [0; 6];
+    mac.copy_from_slice(&digest[digest.len() - 6..]);
+    mac[0] = (mac[0] & 0xfc) | 0x02;
+    mac
+}
+
 /// `IFLA_IFALIAS` of the host end of a pod's veth: tells an operator, and the
 /// agent after a loss of its leases, whose it is.
 #[must_use]
@@ -63,13 +91,24 @@ pub fn host_veth_alias(attachment: &Attachment) -> String {
     )
 }
 
-/// Whether a link is the host end of a veth that we made for `attachment`.
+/// Whether a veth is the host end of the one that we made for `attachment`.
 ///
-/// Name *and* alias must agree; the name alone could be anybody's.
+/// The name alone could be anybody's: the alias must agree. The kernel takes
+/// an alias only after the link is made, so a link without any, left by an ADD
+/// that was killed in between, is told by its MAC, which is part of the
+/// message that makes it. Another's alias is never overlooked.
 #[must_use]
-pub fn owns_host_veth(attachment: &Attachment, name: &str, alias: Option<&str>) -> bool {
-    name == host_veth_name(attachment).as_str()
-        && alias == Some(host_veth_alias(attachment).as_str())
+pub fn owns_host_veth(
+    attachment: &Attachment,
+    name: &str,
+    alias: Option<&str>,
+    mac: Option<[u8; 6]>,
+) -> bool {
+    let proven = match alias {
+        Some(alias) => alias == host_veth_alias(attachment),
+        None => mac == Some(host_veth_mac(attachment)),
+    };
+    proven && name == host_veth_name(attachment).as_str()
 }
 
 /// Whether an IPVS virtual service is ours.
@@ -109,16 +148,28 @@ mod tests {
     }
 
     #[test]
-    fn a_name_without_our_alias_is_not_ours() {
+    fn macs_are_local_unicast_and_differ_in_one_bit() {
+        let a = attachment("abc", "eth0");
+        let (host, pod) = (host_veth_mac(&a), pod_veth_mac(&a));
+        assert_eq!(host[0] & 0x03, 0x02);
+        assert_eq!(host[..5], pod[..5]);
+        assert_eq!(host[5] ^ pod[5], 1);
+        assert_ne!(host, host_veth_mac(&attachment("abd", "eth0")));
+    }
+
+    #[test]
+    fn a_name_without_proof_is_not_ours() {
         let a = attachment("abc", "eth0");
         let name = host_veth_name(&a);
-        assert!(owns_host_veth(
-            &a,
-            name.as_str(),
-            Some(&host_veth_alias(&a))
-        ));
-        assert!(!owns_host_veth(&a, name.as_str(), None));
-        assert!(!owns_host_veth(&a, name.as_str(), Some("uplink")));
-        assert!(!owns_host_veth(&a, "eth0", Some(&host_veth_alias(&a))));
+        let (name, alias, mac) = (name.as_str(), host_veth_alias(&a), host_veth_mac(&a));
+        assert!(owns_host_veth(&a, name, Some(&alias), None));
+        assert!(
+            owns_host_veth(&a, name, None, Some(mac)),
+            "killed before the alias"
+        );
+        assert!(!owns_host_veth(&a, name, None, None));
+        assert!(!owns_host_veth(&a, name, None, Some(pod_veth_mac(&a))));
+        assert!(!owns_host_veth(&a, name, Some("uplink"), Some(mac)));
+        assert!(!owns_host_veth(&a, "eth0", Some(&alias), Some(mac)));
     }
 }
