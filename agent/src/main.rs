@@ -86,14 +86,15 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
         Some(mtu) => mtu,
         None => uplink::mtu().await,
     };
+    // Pods need this even where services cannot be programmed.
+    let node_settings: ferrule_datapath::Settings = settings.node_settings.clone().into();
+    if let Err(error) = ferrule_datapath::ensure_forwarding(&node_settings.sysctl_root) {
+        tracing::error!("pods cannot reach beyond this node: {error}");
+    }
     let pods = Arc::new(Pods::new(leases, settings.state_dir.clone(), mtu));
     let (sender, updates) = mpsc::channel(UPDATES);
     let source = tokio::spawn(source::watch::run(settings.manifests.clone(), sender));
-    let reconciler = Reconciler::new(
-        settings.node.clone(),
-        settings.node_settings.clone().into(),
-        Arc::clone(&pods),
-    );
+    let reconciler = Reconciler::new(settings.node.clone(), node_settings, Arc::clone(&pods));
     let reconciler = tokio::spawn(reconciler.run(updates));
     let queue = tokio::spawn(Arc::clone(&pods).drain_queue());
     tokio::select! {

@@ -14,3 +14,4 @@ pub mod vip;
 
 pub use apply::{Applied, ChangeError, Kernel, apply};
 pub use node::{CleanupError, Node, ObserveError, OpenError, Settings, cleanup};
+pub use sysctl::{SysctlError, ensure_forwarding};

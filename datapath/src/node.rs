@@ -20,7 +20,7 @@ use crate::ipvs::{
     ServiceSettings,
 };
 use crate::modules;
-use crate::sysctl;
+use crate::sysctl::{self, SysctlError};
 use crate::vip::{DeviceError, VipDevice};
 
 /// Weight by which a real server is observed whose other settings are not ours
@@ -65,8 +65,8 @@ pub enum OpenError {
     #[error(transparent)]
     Ruleset(#[from] RulesetError),
     /// A sysctl.
-    #[error("{0}")]
-    Sysctl(String),
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
 }
 
 /// Why the kernel's state is not known.
@@ -119,8 +119,8 @@ impl Node {
                 OpenError::Socket(error)
             }
         })?;
-        sysctl::ensure(&settings.sysctl_root)
-            .map_err(|error| OpenError::Sysctl(error.to_string()))?;
+        sysctl::ensure_forwarding(&settings.sysctl_root)?;
+        sysctl::ensure_services(&settings.sysctl_root)?;
         filter::load(&settings.nft_program, &settings.nft_table).await?;
         Ok(Self {
             ipvs,

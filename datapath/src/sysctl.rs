@@ -1,4 +1,4 @@
-//! Kernel settings that services need.
+//! Kernel settings that pods and services need.
 
 use std::fs;
 use std::io;
@@ -9,18 +9,24 @@ use tracing::info;
 /// A setting that could not be read or written.
 #[derive(Debug, thiserror::Error)]
 #[error("sysctl {path}: {source}; set it to {value} by hand", path = path.display())]
-pub(crate) struct SysctlError {
+pub struct SysctlError {
     path: PathBuf,
     value: &'static str,
     source: io::Error,
 }
 
-/// Setting, value, and whether the kernel may lack it.
-const SETTINGS: [(&str, &str, bool); 5] = [
-    // Packets of pods pass through the node.
+/// A setting: key, value, and whether the kernel may lack it.
+type Setting = (&'static str, &'static str, bool);
+
+/// What pods need: their packets pass through the node. IPv6 may not be compiled in, or be
+/// disabled at boot.
+const FORWARDING: [Setting; 2] = [
     ("net/ipv4/ip_forward", "1", false),
-    // Absent where IPv6 is not compiled in or disabled at boot.
     ("net/ipv6/conf/all/forwarding", "1", true),
+];
+
+/// What services need.
+const SERVICES: [Setting; 3] = [
     // IPVS's connections are known to conntrack.
     ("net/ipv4/vs/conntrack", "1", false),
     // A connection to a real server that is gone ends at its next packet.
@@ -29,14 +35,27 @@ const SETTINGS: [(&str, &str, bool); 5] = [
     ("net/ipv4/vs/expire_quiescent_template", "1", false),
 ];
 
-/// Makes the settings as services need them; writes only where they differ.
-pub(crate) fn ensure(root: &Path) -> Result<(), SysctlError> {
+/// Lets packets of pods pass through the node of the calling thread's network
+/// namespace; writes only what differs. `root` is where `/proc/sys` is.
+///
+/// # Errors
+/// The first setting that cannot be made.
+pub fn ensure_forwarding(root: &Path) -> Result<(), SysctlError> {
     keep_router_advertisements(root)?;
-    for (key, value, optional) in SETTINGS {
+    ensure(root, &FORWARDING)
+}
+
+/// Makes the settings that services need; writes only what differs.
+pub(crate) fn ensure_services(root: &Path) -> Result<(), SysctlError> {
+    ensure(root, &SERVICES)
+}
+
+fn ensure(root: &Path, settings: &[Setting]) -> Result<(), SysctlError> {
+    for (key, value, optional) in settings {
         let path = root.join(key);
         match write_if_different(&path, value) {
             Ok(()) => {}
-            Err(error) if optional && error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if *optional && error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => {
                 return Err(SysctlError {
                     path,
@@ -101,21 +120,23 @@ mod tests {
     fn what_differs_is_written_and_learnt_routes_are_kept() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
-        for (key, _, _) in SETTINGS {
+        for (key, _, _) in FORWARDING.iter().chain(&SERVICES) {
             put(root, key, "0\n");
         }
         put(root, "net/ipv4/vs/conntrack", "1\n");
         put(root, "net/ipv6/conf/eth0/accept_ra", "1\n");
         put(root, "net/ipv6/conf/eth1/accept_ra", "0\n");
-        ensure(root).unwrap();
+        ensure_forwarding(root).unwrap();
+        ensure_services(root).unwrap();
         assert_eq!(get(root, "net/ipv4/ip_forward"), "1");
+        assert_eq!(get(root, "net/ipv4/vs/expire_nodest_conn"), "1");
         assert_eq!(get(root, "net/ipv4/vs/conntrack"), "1\n", "not touched");
         assert_eq!(get(root, "net/ipv6/conf/eth0/accept_ra"), "2");
         assert_eq!(get(root, "net/ipv6/conf/eth1/accept_ra"), "0\n");
         fs::remove_dir_all(root.join("net/ipv6")).unwrap();
-        ensure(root).unwrap();
+        ensure_forwarding(root).unwrap();
         fs::remove_file(root.join("net/ipv4/vs/conntrack")).unwrap();
-        let error = ensure(root).unwrap_err().to_string();
+        let error = ensure_services(root).unwrap_err().to_string();
         assert!(
             error.contains("vs/conntrack") && error.contains("by hand"),
             "{error}"
