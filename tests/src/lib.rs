@@ -1,1 +1,30 @@
-//! Tests.
+//! Tests of Ferrule against a real kernel: namespaces, packets, the real agent
+//! and the real plugin.
+//!
+//! A test is a function that gets a [`context::Context`] and says why it failed;
+//! [`runner`] gives it fresh namespaces and a folder, a limit of time, and looks
+//! afterwards that nothing is left. [`cases`] lists the tests. What they build
+//! on, from the ground up: [`netns`] and [`link`] make the networks, [`sock`]
+//! speaks through them, [`process`] starts programs in them, [`node`] and [`pod`]
+//! are a node with the agent and a pod that the plugin made, [`dump`] reads the
+//! kernel back, [`golden`] compares.
+//!
+//! Nothing here uses Ferrule's own crates: the agent is known by its command
+//! line, the plugin by the CNI specification, both by what the kernel then holds.
+//! Namespaces, mounts and sockets are made by system call; programs such as
+//! `ip` serve to set up and to read back, because under emulation each start of
+//! a process costs a tenth of a second.
+
+pub mod cases;
+pub mod context;
+pub mod demo;
+pub mod dump;
+pub mod golden;
+pub mod link;
+pub mod netns;
+pub mod node;
+pub mod pod;
+pub mod process;
+pub mod runner;
+pub mod sock;
+pub mod wait;

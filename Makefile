@@ -1,0 +1,41 @@
+# What a person types here. `make` or `make help` lists it.
+#
+# Every target installs what it needs and the machine lacks (tests/vm/setup),
+# once, and says so. Tests need root: they make network namespaces.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-full lint fmt clean
+MAKEFLAGS += --no-print-directory
+
+help: ## list what can be done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+build: ## build the agent and the static plugin as they are released (target/bin)
+	@tests/vm/setup build
+	@cargo build --quiet --release --locked -p ferrule-agent
+	@tests/plugin-static
+	@mkdir -p target/bin
+	@install -m 755 "$${CARGO_TARGET_DIR:-target}/release/ferrule-agent" target/bin/ferrule-agent
+	@ls -l target/bin
+
+demo: ## one node, three pods and a Service with two backends, made, called, scaled and removed
+	@demo/run
+
+test: ## everything that is checked; ends with: N passed, N failed, N skipped
+	@tests/all
+
+test-full: ## the same with more rounds, and on the oldest kernel
+	@tests/all --full
+
+lint: ## formatting, clippy, spelling, shell scripts, licences
+	@tests/lint
+
+fmt: ## put formatting right
+	@tests/vm/setup lint
+	@cargo fmt --all
+	@target/tools/bin/taplo fmt 2>/dev/null
+
+clean: ## remove what was built; installed tools stay
+	@find target -mindepth 1 -maxdepth 1 ! -name tools -exec rm -rf {} + 2>/dev/null || true

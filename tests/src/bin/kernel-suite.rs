@@ -1,0 +1,100 @@
+//! `kernel-suite`: runs the kernel tests of [`ferrule_tests::cases`].
+//!
+//! Exit status: 0 when all that were chosen passed, 1 when not, 2 when the
+//! command line is wrong or nothing was chosen.
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use ferrule_tests::cases;
+use ferrule_tests::runner::{self, Group, Selection, Test};
+
+const USAGE: &str = "\
+usage: kernel-suite [OPTIONS] [FILTER ...]
+
+  FILTER, --filter FILTER  only tests whose name has FILTER in it
+  --exact                  a FILTER is a whole name
+  --group native|ipvs      only tests that need no more of the kernel; or that need IPVS
+  --rounds N               run everything N times
+  --list                   print names and groups, run nothing
+Environment: FERRULE_BIN_DIR (folder of ferrule-agent and ferrule), UPDATE_GOLDEN=1.
+";
+
+#[derive(Default)]
+struct Options {
+    selection: Selection,
+    rounds: Option<u32>,
+    list: bool,
+    help: bool,
+}
+
+fn main() -> ExitCode {
+    let outcome = parse(std::env::args().skip(1)).and_then(|options| run(&options));
+    let mut stderr = io::stderr();
+    let code = match outcome {
+        Ok(true) => 0,
+        Ok(false) => 1,
+        Err(error) => {
+            let _nowhere_else_to_say_it = writeln!(stderr, "kernel-suite: {error:#}");
+            2
+        }
+    };
+    // Not by returning: a test that hung has threads that would be waited for.
+    std::process::exit(code)
+}
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Options> {
+    let mut options = Options::default();
+    while let Some(argument) = arguments.next() {
+        let mut value = || {
+            arguments
+                .next()
+                .with_context(|| format!("{argument} needs a value"))
+        };
+        match argument.as_str() {
+            "--filter" => options.selection.filters.push(value()?),
+            "--exact" => options.selection.exact = true,
+            "--group" => {
+                options.selection.group = Some(match value()?.as_str() {
+                    "native" => Group::Native,
+                    "ipvs" => Group::Ipvs,
+                    other => bail!("{other:?} is no group; there are native and ipvs"),
+                });
+            }
+            "--rounds" => options.rounds = Some(value()?.parse().context("--rounds")?),
+            "--list" => options.list = true,
+            "--help" | "-h" => options.help = true,
+            _ if argument.starts_with('-') => bail!("unknown option {argument}\n{USAGE}"),
+            _ => options.selection.filters.push(argument),
+        }
+    }
+    Ok(options)
+}
+
+fn run(options: &Options) -> anyhow::Result<bool> {
+    let mut out = io::stdout();
+    if options.help {
+        out.write_all(USAGE.as_bytes())?;
+        return Ok(true);
+    }
+    let chosen: Vec<Test> = cases::all()
+        .into_iter()
+        .filter(|test| options.selection.has(test))
+        .collect();
+    if chosen.is_empty() {
+        bail!("no test is called so; --list names them");
+    }
+    if options.list {
+        for test in chosen {
+            writeln!(
+                out,
+                "{:6} {}",
+                format!("{:?}", test.group).to_lowercase(),
+                test.name
+            )?;
+        }
+        return Ok(true);
+    }
+    runner::run(&chosen, options.rounds.unwrap_or(1), &mut out)
+}

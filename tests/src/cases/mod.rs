@@ -1,0 +1,103 @@
+//! The tests. A name is `subject/what-holds`; the function of the same words
+//! stands in the module of the subject.
+
+use std::time::Duration;
+
+use crate::context::Context;
+use crate::runner::{Group, Test};
+
+mod datapath;
+mod foreign;
+mod guard;
+mod library;
+mod manifests;
+mod pods;
+mod restart;
+mod world;
+
+/// Every test, in the order in which they run: what others build on comes first.
+#[must_use]
+pub fn all() -> Vec<Test> {
+    let native = |name, minutes, run| test(name, Group::Native, minutes, run);
+    let ipvs = |name, minutes, run| test(name, Group::Ipvs, minutes, run);
+    vec![
+        native(
+            "library/answered-refused-unreachable-silent",
+            3,
+            library::answered_refused_unreachable_silent,
+        ),
+        native(
+            "library/nothing-is-left-of-a-namespace",
+            2,
+            library::nothing_is_left_of_a_namespace,
+        ),
+        native("pods/add-and-del", 5, pods::add_and_del),
+        native("pods/two-hundred-at-once", 15, pods::two_hundred_at_once),
+        native("pods/killed-at-any-step", 10, pods::killed_at_any_step),
+        native("pods/del-without-the-agent", 5, pods::del_without_the_agent),
+        native(
+            "pods/agent-killed-among-adds",
+            10,
+            pods::agent_killed_among_adds,
+        ),
+        ipvs("datapath/every-feature", 5, datapath::every_feature),
+        ipvs("datapath/balances-to-both", 10, datapath::balances_to_both),
+        ipvs(
+            "manifests/an-edit-touches-only-what-changed",
+            10,
+            manifests::an_edit_touches_only_what_changed,
+        ),
+        ipvs(
+            "manifests/broken-yaml-keeps-the-last-good-state",
+            10,
+            manifests::broken_yaml_keeps_the_last_good_state,
+        ),
+        ipvs(
+            "guard/host-ports-hide-behind-vips",
+            15,
+            guard::host_ports_hide_behind_vips,
+        ),
+        ipvs(
+            "restart/a-killed-agent-is-not-missed",
+            10,
+            restart::a_killed_agent_is_not_missed,
+        ),
+        ipvs(
+            "restart/a-stopped-agent-leaves-everything",
+            10,
+            restart::a_stopped_agent_leaves_everything,
+        ),
+        ipvs(
+            "restart/what-changed-meanwhile-is-caught-up",
+            10,
+            restart::what_changed_meanwhile_is_caught_up,
+        ),
+        ipvs("foreign/objects-survive", 10, foreign::objects_survive),
+    ]
+}
+
+fn test(
+    name: &'static str,
+    group: Group,
+    minutes: u64,
+    run: fn(&mut Context) -> anyhow::Result<()>,
+) -> Test {
+    Test {
+        name,
+        group,
+        limit: Duration::from_mins(minutes),
+        run,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn names_are_distinct() {
+        let names: BTreeSet<_> = all().iter().map(|test| test.name).collect();
+        assert_eq!(names.len(), all().len());
+    }
+}

@@ -1,0 +1,192 @@
+//! The kernel's state, read back with the tools that operators use, without
+//! what differs from run to run: handles, counters, indices, hash order.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+
+use anyhow::{Context as _, bail};
+use serde_json::{Value, json};
+
+use crate::netns::Netns;
+
+/// The device that carries VIPs.
+pub const VIP_DEVICE: &str = "kube-ipvs0";
+
+/// `ipvsadm -Ln`: virtual services in order, each with its real servers in
+/// order; connection counts are left out.
+///
+/// # Errors
+/// When the kernel has no IPVS.
+pub fn ipvs(namespace: &Netns) -> anyhow::Result<String> {
+    let mut text = String::new();
+    for (service, servers) in virtual_services(namespace, &[])? {
+        writeln!(text, "{service}")?;
+        for server in servers {
+            // -> ADDRESS FORWARD WEIGHT ACTIVE INACTIVE
+            let kept: Vec<&str> = server.split_whitespace().take(4).collect();
+            writeln!(text, "  {}", kept.join(" "))?;
+        }
+    }
+    Ok(text)
+}
+
+/// Connections counted by a virtual service since it was made, or `None` where
+/// there is none. `service` is such as `TCP 10.96.0.10:80`.
+///
+/// # Errors
+/// When the kernel has no IPVS.
+pub fn connections(namespace: &Netns, service: &str) -> anyhow::Result<Option<u64>> {
+    for (line, _) in virtual_services(namespace, &["--stats", "--exact"])? {
+        // PROTOCOL ADDRESS CONNS ...
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let [protocol, address, count, ..] = words.as_slice()
+            && format!("{protocol} {address}") == service
+        {
+            return Ok(Some(count.parse()?));
+        }
+    }
+    Ok(None)
+}
+
+fn virtual_services(
+    namespace: &Netns,
+    options: &[&str],
+) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
+    let arguments: Vec<&str> = ["-Ln"].iter().chain(options).copied().collect();
+    let text = namespace.output("ipvsadm", &arguments)?;
+    let mut services: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut current = None;
+    for line in text.lines() {
+        let is_service = ["TCP ", "UDP ", "SCTP ", "FWM "]
+            .iter()
+            .any(|protocol| line.starts_with(protocol));
+        if is_service {
+            let service = line.split_whitespace().collect::<Vec<_>>().join(" ");
+            services.entry(service.clone()).or_default();
+            current = Some(service);
+        } else if let Some(service) = &current {
+            services
+                .entry(service.clone())
+                .or_default()
+                .push(line.trim().to_owned());
+        }
+    }
+    for servers in services.values_mut() {
+        servers.sort();
+    }
+    Ok(services)
+}
+
+/// `ip -j addr show dev kube-ipvs0`: the device and its addresses in order.
+///
+/// # Errors
+/// When there is no such device.
+pub fn addresses(namespace: &Netns) -> anyhow::Result<String> {
+    let device = vip_device(namespace)?;
+    let mut addresses = Vec::new();
+    for address in device["addr_info"].as_array().into_iter().flatten() {
+        let mut kept = json!({
+            "family": address["family"],
+            "local": address["local"],
+            "prefixlen": address["prefixlen"],
+            "scope": address["scope"],
+        });
+        for flag in ["deprecated", "noprefixroute", "nodad", "tentative"] {
+            if let Some(value) = address.get(flag) {
+                kept[flag] = value.clone();
+            }
+        }
+        addresses.push(kept.to_string());
+    }
+    addresses.sort();
+    let device = json!({
+        "ifname": device["ifname"],
+        "flags": device["flags"],
+        "operstate": device["operstate"],
+    });
+    Ok(format!("{device}\n{}\n", addresses.join("\n")))
+}
+
+/// The addresses on the VIP device; none if there is no device.
+///
+/// # Errors
+/// When `ip` fails for another reason.
+pub fn vips(namespace: &Netns) -> anyhow::Result<Vec<IpAddr>> {
+    if !namespace.links()?.iter().any(|link| link == VIP_DEVICE) {
+        return Ok(Vec::new());
+    }
+    let device = vip_device(namespace)?;
+    device["addr_info"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|address| Ok(address["local"].as_str().context("no address")?.parse()?))
+        .collect()
+}
+
+fn vip_device(namespace: &Netns) -> anyhow::Result<Value> {
+    let text = namespace.output("ip", &["-j", "addr", "show", "dev", VIP_DEVICE])?;
+    let devices: Vec<Value> = serde_json::from_str(&text)?;
+    devices
+        .into_iter()
+        .find(|device| device["ifname"] == VIP_DEVICE)
+        .with_context(|| format!("no {VIP_DEVICE} in {text}"))
+}
+
+/// `nft -j list table inet NAME`: one object a line, elements of sets in order.
+///
+/// # Errors
+/// When there is no such table.
+pub fn nft(namespace: &Netns, table: &str) -> anyhow::Result<String> {
+    let text = namespace.output("nft", &["-j", "list", "table", "inet", table])?;
+    let listing: Value = serde_json::from_str(&text)?;
+    let Some(objects) = listing["nftables"].as_array() else {
+        bail!("no nftables in {text}");
+    };
+    let mut lines = String::new();
+    for object in objects {
+        if object.get("metainfo").is_none() {
+            let mut object = object.clone();
+            normalise(&mut object);
+            writeln!(lines, "{object}")?;
+        }
+    }
+    Ok(lines)
+}
+
+fn normalise(value: &mut Value) {
+    match value {
+        Value::Object(object) => {
+            object.remove("handle");
+            if let Some(Value::Object(counter)) = object.get_mut("counter") {
+                counter.insert("packets".to_owned(), json!(0));
+                counter.insert("bytes".to_owned(), json!(0));
+            }
+            if let Some(Value::Array(elements)) = object.get_mut("elem") {
+                elements.iter_mut().for_each(normalise);
+                elements.sort_by_key(Value::to_string);
+            }
+            object.values_mut().for_each(normalise);
+        }
+        Value::Array(array) => array.iter_mut().for_each(normalise),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_differs_from_run_to_run_is_left_out() {
+        let mut rule = json!({"rule": {"handle": 7, "expr": [{"counter": {"packets": 3, "bytes": 9}}]},
+            "set": {"elem": ["b", "a"]}});
+        normalise(&mut rule);
+        assert_eq!(
+            rule,
+            json!({"rule": {"expr": [{"counter": {"packets": 0, "bytes": 0}}]},
+                "set": {"elem": ["a", "b"]}})
+        );
+    }
+}

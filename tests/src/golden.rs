@@ -1,0 +1,34 @@
+//! Comparison with files below `tests/golden`; `UPDATE_GOLDEN=1` writes them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use similar::TextDiff;
+
+/// Compares `actual` with the golden file of that name.
+///
+/// # Errors
+/// When they differ, with the difference; when there is no such file.
+pub fn check(name: &str, actual: &str) -> anyhow::Result<()> {
+    let path = folder().join(name);
+    if std::env::var_os("UPDATE_GOLDEN").is_some_and(|value| value == "1") {
+        return fs::write(&path, actual).with_context(|| format!("write {}", path.display()));
+    }
+    let expected = fs::read_to_string(&path)
+        .with_context(|| format!("golden file {name}; UPDATE_GOLDEN=1 writes it\n{actual}"))?;
+    if expected == actual {
+        return Ok(());
+    }
+    let diff = TextDiff::from_lines(expected.as_str(), actual);
+    bail!(
+        "{name} differs; if that is right, UPDATE_GOLDEN=1 writes it\n{}",
+        diff.unified_diff()
+            .context_radius(2)
+            .header("golden", "kernel")
+    )
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden")
+}

@@ -1,0 +1,212 @@
+//! A node: a namespace in which the real agent runs.
+//!
+//! The agent is known by its command line only. Folder of manifests, socket and
+//! state are the node's own, so several nodes fit on one machine.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use rustix::process::Signal;
+
+use crate::context::Context;
+use crate::netns::Netns;
+use crate::process::Process;
+use crate::wait;
+
+/// How long the agent may take to start or to stop.
+const AGENT: Duration = Duration::from_mins(1);
+
+/// The pod ranges of a node unless a test wants others.
+pub const POD_RANGES: [&str; 2] = ["10.244.1.0/24", "fd00:10:244:1::/64"];
+
+/// A node. Dropping it kills the agent and takes the namespace away.
+#[derive(Debug)]
+pub struct Node {
+    // Fields are dropped in order: the agent before its namespace.
+    agent: Mutex<Option<Process>>,
+    netns: Netns,
+    folder: PathBuf,
+    program: PathBuf,
+}
+
+impl Node {
+    /// A node with the default pod ranges whose agent does not run yet.
+    ///
+    /// # Errors
+    /// When the agent has not been built, or the namespace cannot be made.
+    pub fn create(context: &Context, name: &str) -> anyhow::Result<Self> {
+        Self::with_pod_ranges(context, name, &POD_RANGES)
+    }
+
+    /// Likewise with other pod ranges.
+    ///
+    /// # Errors
+    /// As [`Node::create`].
+    pub fn with_pod_ranges(context: &Context, name: &str, ranges: &[&str]) -> anyhow::Result<Self> {
+        let folder = context.folder().join(format!("{name}.d"));
+        fs::create_dir_all(folder.join("manifests"))?;
+        let node = Self {
+            agent: Mutex::new(None),
+            netns: context.netns(name)?,
+            folder,
+            program: context.binary("ferrule-agent")?,
+        };
+        let ranges: Vec<String> = ranges.iter().map(|range| format!("{range:?}")).collect();
+        node.write_manifest(
+            "node.yaml",
+            &format!(
+                "apiVersion: v1\nkind: Node\nmetadata:\n  name: {name}\nspec:\n  podCIDRs: [{}]\n",
+                ranges.join(", ")
+            ),
+        )?;
+        Ok(node)
+    }
+
+    /// Starts the agent and waits until it takes calls.
+    ///
+    /// # Errors
+    /// When it runs already, ends, or takes too long.
+    pub fn start(&self) -> anyhow::Result<()> {
+        let mut running = self.agent();
+        ensure!(running.is_none(), "the agent was started before");
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_file())?;
+        let mut command = Command::new(&self.program);
+        command
+            .arg("run")
+            .arg("--manifests")
+            .arg(self.manifests())
+            .args(["--node", self.netns.name()])
+            .arg("--state-dir")
+            .arg(self.state())
+            .arg("--socket")
+            .arg(self.socket())
+            .env("FERRULE_LOG", "debug")
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let mut agent = self.netns.spawn(&mut command)?;
+        let socket = self.socket();
+        wait::for_some("the agent's socket", AGENT, || {
+            if let Some(status) = agent.ended()? {
+                bail!("the agent ended at its start: {status}");
+            }
+            Ok(UnixStream::connect(&socket).ok())
+        })?;
+        *running = Some(agent);
+        Ok(())
+    }
+
+    /// Asks the agent to end, and checks that it does so in peace.
+    ///
+    /// # Errors
+    /// When it does not run, reports a failure or takes too long.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        let mut agent = self.take_agent()?;
+        agent.signal(Signal::TERM)?;
+        let status = agent.wait(AGENT)?;
+        ensure!(status.success(), "the agent ended with {status} on SIGTERM");
+        Ok(())
+    }
+
+    /// Ends the agent at whatever instruction it is.
+    ///
+    /// # Errors
+    /// When it does not run any more.
+    pub fn kill9(&self) -> anyhow::Result<()> {
+        self.take_agent()?.kill9()
+    }
+
+    /// Checks that the agent has not ended by itself.
+    ///
+    /// # Errors
+    /// When it has.
+    pub fn check_alive(&self) -> anyhow::Result<()> {
+        let mut running = self.agent();
+        let agent = running.as_mut().context("the agent does not run")?;
+        match agent.ended()? {
+            Some(status) => bail!("the agent ended: {status}"),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes a manifest as an editor does: whole, under another name, then renamed.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write_manifest(&self, name: &str, yaml: &str) -> anyhow::Result<()> {
+        let path = self.manifests().join(name);
+        let draft = self.folder.join("draft");
+        fs::write(&draft, yaml)?;
+        fs::rename(&draft, &path).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// Writes a manifest in place, so that a reader may see half of it.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn overwrite_manifest(&self, name: &str, yaml: &str) -> anyhow::Result<()> {
+        let path = self.manifests().join(name);
+        fs::write(&path, yaml).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// Removes a manifest.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn remove_manifest(&self, name: &str) -> anyhow::Result<()> {
+        let path = self.manifests().join(name);
+        fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
+    }
+
+    /// What the agent logged since the node was made.
+    ///
+    /// # Errors
+    /// When it was never started.
+    pub fn log(&self) -> anyhow::Result<String> {
+        fs::read_to_string(self.log_file()).context("the agent's log")
+    }
+
+    /// Its namespace.
+    #[must_use]
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// Where the agent listens.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("agent.sock")
+    }
+
+    /// Where agent and plugin keep what survives a restart.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.folder.join("state")
+    }
+
+    fn manifests(&self) -> PathBuf {
+        self.folder.join("manifests")
+    }
+
+    fn log_file(&self) -> PathBuf {
+        let folder = self.folder.parent().unwrap_or(Path::new("/"));
+        folder.join(format!("{}.log", self.netns.name()))
+    }
+
+    fn take_agent(&self) -> anyhow::Result<Process> {
+        self.agent().take().context("the agent does not run")
+    }
+
+    fn agent(&self) -> MutexGuard<'_, Option<Process>> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,108 @@
+//! Programs that run beside a test, and are gone when it ends.
+
+use std::collections::BTreeSet;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, Command, ExitStatus};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::wait;
+
+/// Started and not yet waited for; what the watchdog ends when a test hangs.
+static RUNNING: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+/// A running program. Dropping it kills it.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    what: String,
+}
+
+impl Process {
+    /// Starts it in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(command: &mut Command) -> anyhow::Result<Self> {
+        let what = command.get_program().to_string_lossy().into_owned();
+        let child = command
+            .spawn()
+            .with_context(|| format!("start {command:?}"))?;
+        if let Some(pid) = pid_of(&child) {
+            running().insert(pid.as_raw_nonzero().get());
+        }
+        Ok(Self { child, what })
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn signal(&mut self, signal: Signal) -> anyhow::Result<()> {
+        if let Some(status) = self.ended()? {
+            bail!("{} has ended: {status}", self.what);
+        }
+        let pid = pid_of(&self.child).context("a process identifier is positive")?;
+        kill_process(pid, signal).with_context(|| format!("signal {}", self.what))
+    }
+
+    /// Its status if it has ended.
+    ///
+    /// # Errors
+    /// When the kernel does not know it.
+    pub fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When the time is over; it then still runs.
+    pub fn wait(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
+        let what = format!("end of {}", self.what);
+        wait::for_some(&what, limit, || self.ended())
+    }
+
+    /// Ends it as a power cut would, and waits until it is gone.
+    ///
+    /// # Errors
+    /// When it had ended before by anything but this.
+    pub fn kill9(&mut self) -> anyhow::Result<()> {
+        self.signal(Signal::KILL)?;
+        let status = self.child.wait()?;
+        if status.signal() != Some(Signal::KILL.as_raw()) {
+            bail!("{} ended before it was killed: {status}", self.what);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _reaped_already = self.child.wait();
+        if let Some(pid) = pid_of(&self.child) {
+            running().remove(&pid.as_raw_nonzero().get());
+        }
+    }
+}
+
+/// Kills whatever still runs; for the watchdog.
+pub(crate) fn kill_all() {
+    for pid in std::mem::take(&mut *running()) {
+        if let Some(pid) = Pid::from_raw(pid) {
+            let _gone = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
+fn pid_of(child: &Child) -> Option<Pid> {
+    Pid::from_raw(i32::try_from(child.id()).ok()?)
+}
+
+fn running() -> MutexGuard<'static, BTreeSet<i32>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
