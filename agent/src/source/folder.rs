@@ -23,9 +23,6 @@ const MAX_FILE: u64 = 64 * 1024 * 1024;
 /// A file that was written less than this ago may still be half of itself.
 pub(crate) const SETTLE: Duration = Duration::from_millis(50);
 
-/// Subfolders nested deeper are refused; bounds a loop of symbolic links.
-const MAX_DEPTH: usize = 16;
-
 /// What tells a changed file from an unchanged one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
@@ -109,8 +106,7 @@ impl Folder {
     /// # Errors
     /// When the folder cannot be listed; nothing is then told as gone.
     pub(crate) fn scan(&mut self) -> io::Result<Scan> {
-        let mut found = BTreeMap::new();
-        list(&self.root, 0, &mut found)?;
+        let found = list(&self.root)?;
         let gone = self.files.keys().filter(|path| !found.contains_key(*path));
         let mut changed: Vec<(PathBuf, Option<Stamp>)> =
             gone.map(|path| (path.clone(), None)).collect();
@@ -216,30 +212,62 @@ impl Folder {
     }
 }
 
-fn list(folder: &Path, depth: usize, found: &mut BTreeMap<PathBuf, Stamp>) -> io::Result<()> {
-    if depth > MAX_DEPTH {
-        warn!(folder = %folder.display(), "nested too deep, not read");
-        return Ok(());
-    }
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        // Editors' and kubelet's own files begin with a dot (`..data` of a mounted ConfigMap).
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+/// The folder and those below it, each once however many symbolic links lead to it.
+///
+/// # Errors
+/// When `root` or one below it cannot be listed.
+pub(crate) fn folders(root: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut known = BTreeSet::new();
+    let mut found = Vec::new();
+    let mut waiting = vec![root.to_owned()];
+    while let Some(folder) = waiting.pop() {
+        let metadata = fs::metadata(&folder)?;
+        if !known.insert((metadata.dev(), metadata.ino())) {
             continue;
         }
-        let path = entry.path();
-        match fs::metadata(&path) {
-            Ok(metadata) if metadata.is_dir() => list(&path, depth + 1, found)?,
-            Ok(metadata) if metadata.is_file() && is_manifest(&path) => {
-                found.insert(path, Stamp::of(&metadata));
+        for path in visible(&folder)? {
+            if path.is_dir() {
+                waiting.push(path);
             }
-            Ok(_) => {}
-            // Gone since it was listed.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+        }
+        found.push(folder);
+    }
+    Ok(found)
+}
+
+/// What is in a folder, less what editors and kubelet keep to themselves:
+/// names that begin with a dot (`..data` of a mounted `ConfigMap`).
+fn visible(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if !entry.file_name().as_encoded_bytes().starts_with(b".") {
+            paths.push(entry.path());
         }
     }
-    Ok(())
+    Ok(paths)
+}
+
+/// Every manifest below `root` with what tells whether it changed.
+fn list(root: &Path) -> io::Result<BTreeMap<PathBuf, Stamp>> {
+    let mut found = BTreeMap::new();
+    for folder in folders(root)? {
+        for path in visible(&folder)?
+            .into_iter()
+            .filter(|path| is_manifest(path))
+        {
+            match fs::metadata(&path) {
+                Ok(metadata) if metadata.is_file() => {
+                    found.insert(path, Stamp::of(&metadata));
+                }
+                Ok(_) => {}
+                // Gone since it was listed.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn is_manifest(path: &Path) -> bool {
@@ -360,6 +388,23 @@ mod tests {
         assert_eq!(f.scan(), ["+Service default/a"]);
         fs::remove_file(f.dir.path().join("sub/b.yml")).unwrap();
         assert_eq!(f.scan(), ["-Service default/b"]);
+    }
+
+    #[test]
+    fn links_are_followed_and_never_in_circles() {
+        use std::os::unix::fs::symlink;
+        let mut f = Fixture::new();
+        // As kubelet mounts a ConfigMap: the files are links through a link.
+        f.write("..1/a.yaml", &service("a", "10.0.0.1"));
+        symlink("..1", f.dir.path().join("..data")).unwrap();
+        symlink("..data/a.yaml", f.dir.path().join("a.yaml")).unwrap();
+        symlink(".", f.dir.path().join("circle")).unwrap();
+        symlink("..", f.dir.path().join("..1/up")).unwrap();
+        assert_eq!(f.scan(), ["+Service default/a"]);
+        f.write("..2/a.yaml", &service("a", "10.0.0.2"));
+        symlink("..2", f.dir.path().join("..new")).unwrap();
+        fs::rename(f.dir.path().join("..new"), f.dir.path().join("..data")).unwrap();
+        assert_eq!(f.scan(), ["+Service default/a"]);
     }
 
     #[test]

@@ -12,11 +12,12 @@ use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use inotify::{EventStream, Inotify, WatchMask};
 use tokio::sync::mpsc;
+use tokio::task::block_in_place;
 use tokio::time::{sleep, timeout};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::Update;
-use super::folder::{Folder, SETTLE};
+use super::folder::{self, Folder, SETTLE};
 
 /// Time between two scans when nothing is noticed.
 const RESCAN: Duration = Duration::from_secs(30);
@@ -27,15 +28,28 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Room for notices that were not read yet, in bytes.
 const NOTICES: usize = 16 * 1024;
 
+/// Notices that can mean a change of what manifests say.
+const WHAT_MATTERS: WatchMask = WatchMask::CLOSE_WRITE
+    .union(WatchMask::CREATE)
+    .union(WatchMask::DELETE)
+    .union(WatchMask::MODIFY)
+    .union(WatchMask::MOVED_FROM)
+    .union(WatchMask::MOVED_TO)
+    .union(WatchMask::ATTRIB)
+    .union(WatchMask::DELETE_SELF)
+    .union(WatchMask::MOVE_SELF);
+
 /// Watches `root` until the receiver of the updates is gone.
 pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
     let mut folder = Folder::new(root.clone());
     let mut told_complete = false;
     let mut seen = Instant::now();
-    loop {
+    let mut problem = Problem::default();
+    while !updates.is_closed() {
         // The watch is set up before the scan: what changes in between is noticed.
-        let watch = Watch::new(&root);
-        let pause = match folder.scan() {
+        // Both wait for the disk, which may be a slow one.
+        let (watch, scan) = block_in_place(|| (Watch::new(&root), folder.scan()));
+        let pause = match scan {
             Ok(scan) => {
                 let complete = folder.is_complete();
                 if !scan.events.is_empty() || complete != told_complete {
@@ -49,24 +63,49 @@ pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
                     }
                     told_complete = complete;
                 }
+                problem.say(
+                    &root,
+                    watch.as_ref().err().map(|error| {
+                        format!(
+                            "cannot be watched, it is looked at every second instead: {error:#}"
+                        )
+                    }),
+                );
                 if scan.unsettled { SETTLE } else { RESCAN }
             }
             Err(error) => {
-                warn!(folder = %root.display(), %error, "cannot list the manifests; what was read before stays");
+                problem.say(
+                    &root,
+                    Some(format!(
+                        "cannot be listed, what was read before stays: {error}"
+                    )),
+                );
                 RETRY
             }
         };
         match watch {
             Ok(mut watch) => watch.changed(pause).await,
-            Err(error) => {
-                warn!(folder = %root.display(), error = format!("{error:#}"), "cannot watch, scanning every second instead");
-                sleep(pause.min(RETRY)).await;
-            }
+            Err(_) => sleep(pause.min(RETRY)).await,
         }
         seen = Instant::now();
-        if updates.is_closed() {
+    }
+}
+
+/// What is wrong with the folder, said once and not every second.
+#[derive(Default)]
+struct Problem(Option<String>);
+
+impl Problem {
+    fn say(&mut self, folder: &Path, problem: Option<String>) {
+        if self.0 == problem {
             return;
         }
+        if let Some(words) = &problem {
+            warn!(folder = %folder.display(), "the folder of manifests {words}");
+        } else {
+            info!(folder = %folder.display(), "the folder of manifests is watched again");
+        }
+        self.0 = problem;
     }
 }
 
@@ -78,26 +117,11 @@ struct Watch {
 impl Watch {
     fn new(root: &Path) -> anyhow::Result<Self> {
         let inotify = Inotify::init().context("inotify_init")?;
-        let mut folders = vec![root.to_owned()];
-        while let Some(folder) = folders.pop() {
+        for folder in folder::folders(root)? {
             inotify
                 .watches()
-                .add(
-                    &folder,
-                    WatchMask::CLOSE_WRITE
-                        | WatchMask::CREATE
-                        | WatchMask::DELETE
-                        | WatchMask::MODIFY
-                        | WatchMask::MOVED_FROM
-                        | WatchMask::MOVED_TO
-                        | WatchMask::ATTRIB
-                        | WatchMask::DELETE_SELF
-                        | WatchMask::MOVE_SELF,
-                )
+                .add(&folder, WHAT_MATTERS)
                 .with_context(|| format!("inotify_add_watch {}", folder.display()))?;
-            let entries = std::fs::read_dir(&folder)?;
-            let subfolders = entries.flatten().map(|entry| entry.path());
-            folders.extend(subfolders.filter(|path| path.is_dir() && !is_hidden(path)));
         }
         let notices = inotify.into_event_stream(vec![0; NOTICES])?;
         Ok(Self { notices })
@@ -119,9 +143,4 @@ impl Watch {
             }
         }
     }
-}
-
-fn is_hidden(path: &Path) -> bool {
-    path.file_name()
-        .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
 }
