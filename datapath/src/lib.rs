@@ -13,5 +13,6 @@ mod sysctl;
 pub mod vip;
 
 pub use apply::{Applied, ChangeError, Kernel, apply};
+pub use ferrule_netlink::Error;
 pub use node::{CleanupError, Node, ObserveError, OpenError, Settings, cleanup};
 pub use sysctl::{SysctlError, ensure_forwarding};

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::context::Context;
 use crate::runner::{Group, Test};
 
+mod codec;
 mod datapath;
 mod foreign;
 mod guard;
@@ -39,6 +40,11 @@ pub fn all() -> Vec<Test> {
             "pods/agent-killed-among-adds",
             10,
             pods::agent_killed_among_adds,
+        ),
+        ipvs(
+            "codec/what-is-set-reads-back",
+            5,
+            codec::what_is_set_reads_back,
         ),
         ipvs("datapath/every-feature", 5, datapath::every_feature),
         ipvs("datapath/balances-to-both", 10, datapath::balances_to_both),

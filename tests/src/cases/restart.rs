@@ -34,6 +34,8 @@ impl Scene {
             node.write_manifest(&format!("{name}-slices.yaml"), &slices)?;
             world::wait_for_service(client.netns(), number, 80)?;
         }
+        // From here on a service that is made anew shows by a count that falls.
+        world::wait_for_count(&node, COUNTED)?;
         Ok(Self {
             node,
             client,

@@ -181,3 +181,12 @@ pub(super) fn wait_for_ipvs(
         Ok(table)
     })
 }
+
+/// Waits until a virtual service such as `TCP 10.96.0.10:80` has counted a
+/// connection, and returns the count. Kernels from 6.2 on add up every two seconds.
+pub(super) fn wait_for_count(node: &Node, service: &str) -> anyhow::Result<u64> {
+    wait::for_some("a connection that counts", wait::SETTLED, || {
+        let count = dump::connections(node.netns(), service)?;
+        Ok(count.filter(|count| *count > 0))
+    })
+}
