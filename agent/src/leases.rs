@@ -8,11 +8,12 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use ferrule_api::{PodName, queue};
 use ferrule_model::ipam::{ChooseError, Ledger, PodRange};
 use ferrule_model::names::Attachment;
-use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 
@@ -21,6 +22,10 @@ const LEASES: TableDefinition<'_, &str, &str> = TableDefinition::new("leases");
 
 /// Number of the release to the address that was released.
 const RELEASED: TableDefinition<'_, u64, &str> = TableDefinition::new("released");
+
+/// How long the lock of an agent that is gone may outlive it.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_RETRY: Duration = Duration::from_millis(50);
 
 /// What is written about a lease.
 #[derive(Debug, Serialize, Deserialize)]
@@ -37,22 +42,22 @@ pub(crate) enum LeaseError {
     #[error(transparent)]
     Choose(#[from] ChooseError),
     /// The file could not be read or written.
-    #[error("lease file {path}: {source}")]
+    #[error("lease file {path}: {fault}")]
     Store {
         /// The file.
         path: PathBuf,
-        /// The fault.
-        source: redb::Error,
+        /// What is wrong.
+        fault: redb::Error,
     },
     /// What stands in the file is no lease.
-    #[error("lease file {path}: entry {entry:?} is damaged: {source}")]
+    #[error("lease file {path}: entry {entry:?} is damaged: {fault}")]
     Damaged {
         /// The file.
         path: PathBuf,
         /// Its key.
         entry: String,
-        /// The fault.
-        source: serde_json::Error,
+        /// What is wrong.
+        fault: serde_json::Error,
     },
 }
 
@@ -75,11 +80,11 @@ impl Leases {
     /// # Errors
     /// When it cannot be opened or read, or another agent holds it.
     pub(crate) fn open(path: &Path) -> Result<Self, LeaseError> {
-        let store_error = |source: redb::Error| LeaseError::Store {
+        let store_error = |fault: redb::Error| LeaseError::Store {
             path: path.to_owned(),
-            source,
+            fault,
         };
-        let database = Database::create(path).map_err(|e| store_error(e.into()))?;
+        let database = open_database(path).map_err(|e| store_error(e.into()))?;
         create_tables(&database).map_err(store_error)?;
         let (leases, released) = load(&database).map_err(store_error)?;
         let mut ledger = Ledger::default();
@@ -89,10 +94,10 @@ impl Leases {
             }
         }
         for (key, value) in leases {
-            let damaged = |source| LeaseError::Damaged {
+            let damaged = |fault| LeaseError::Damaged {
                 path: path.to_owned(),
                 entry: key.clone(),
-                source,
+                fault,
             };
             let attachment: Attachment = serde_json::from_str(&key).map_err(damaged)?;
             let record: Record = serde_json::from_str(&value).map_err(damaged)?;
@@ -111,10 +116,10 @@ impl Leases {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn store_error(&self, source: impl Into<redb::Error>) -> LeaseError {
+    fn store_error(&self, fault: redb::Error) -> LeaseError {
         LeaseError::Store {
             path: self.path.clone(),
-            source: source.into(),
+            fault,
         }
     }
 
@@ -155,7 +160,7 @@ impl Leases {
         };
         inner
             .write_lease(attachment, &record)
-            .map_err(|source| self.store_error(source))?;
+            .map_err(|fault| self.store_error(fault))?;
         if let Err(error) = inner
             .ledger
             .record_lease(attachment.clone(), addresses.clone())
@@ -171,7 +176,7 @@ impl Leases {
     /// When it could not be written; the lease then stands.
     pub(crate) fn release(&self, attachment: &Attachment) -> Result<bool, LeaseError> {
         let released = self.lock().release(attachment);
-        released.map_err(|source| self.store_error(source))
+        released.map_err(|fault| self.store_error(fault))
     }
 
     /// Ends a lease that the plugin asked to end by a file in the queue, and removes the file.
@@ -191,7 +196,7 @@ impl Leases {
         if file.exists() {
             inner
                 .release(attachment)
-                .map_err(|source| self.store_error(source))?;
+                .map_err(|fault| self.store_error(fault))?;
             queue::remove(file)?;
         }
         Ok(())
@@ -245,6 +250,20 @@ impl Inner {
         }
         write.commit()?;
         Ok(())
+    }
+}
+
+/// An agent that was killed a moment ago may have left a child that still has
+/// the lock: one that was about to become another program.
+fn open_database(path: &Path) -> Result<Database, DatabaseError> {
+    let patience = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Database::create(path) {
+            Err(DatabaseError::DatabaseAlreadyOpen) if Instant::now() < patience => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            other => return other,
+        }
     }
 }
 
@@ -390,6 +409,19 @@ mod tests {
                 prop_assert_eq!(&leases.as_ref().unwrap().allocate(who, None).unwrap(), addresses);
             }
         }
+    }
+
+    #[test]
+    fn a_lock_that_outlives_its_agent_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("leases.redb");
+        let held = Leases::open(&path).unwrap();
+        let holder = std::thread::spawn(move || {
+            std::thread::sleep(LOCK_RETRY * 4);
+            drop(held);
+        });
+        assert_eq!(Leases::open(&path).unwrap().count(), 0);
+        holder.join().unwrap();
     }
 
     #[test]

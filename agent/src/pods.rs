@@ -97,7 +97,7 @@ impl Pods {
                     info!(container_id = %attachment.container_id, "address released (queued while the agent was away)");
                 }
                 Err(error) => {
-                    warn!(container_id = %attachment.container_id, error = format!("{error:#}"), "a queued release has to wait");
+                    warn!(container_id = %attachment.container_id, %error, "a queued release has to wait");
                 }
             }
         }
