@@ -82,9 +82,11 @@ pub async fn apply<K: Kernel>(kernel: &mut K, changes: &[Change]) -> Applied {
         if tried.is_empty() {
             continue;
         }
-        let results = kernel.execute(&tried).await;
-        for (change, result) in tried.into_iter().zip(results) {
-            match result {
+        let mut results = kernel.execute(&tried).await.into_iter();
+        for change in tried {
+            // A change without a result must not pass for one that was made.
+            let result = results.next();
+            match result.unwrap_or_else(|| Err(ChangeError::new(Error::Closed))) {
                 Ok(()) => applied.done.push(change),
                 Err(error) => {
                     broken.record(&change);
@@ -105,8 +107,6 @@ struct Broken {
     occupied: BTreeSet<IpAddr>,
     /// A virtual service could not be made or removed.
     frontends: BTreeSet<FrontendAddr>,
-    /// A real server could not be added: those that were to leave stay, or none may be left.
-    unstaffed: BTreeSet<FrontendAddr>,
 }
 
 impl Broken {
@@ -125,10 +125,10 @@ impl Broken {
             | Change::BindVip(ip) => {
                 self.vips.insert(*ip);
             }
-            Change::AddServer(frontend, ..) => {
-                self.unstaffed.insert(*frontend);
-            }
-            Change::UpdateService(..) | Change::UpdateServer(..) | Change::RemoveServer(..) => {}
+            Change::UpdateService(..)
+            | Change::AddServer(..)
+            | Change::UpdateServer(..)
+            | Change::RemoveServer(..) => {}
         }
     }
 
@@ -142,14 +142,91 @@ impl Broken {
             | Change::DisallowFrontend(frontend)
             | Change::AllowFrontend(frontend)
             | Change::AddService(frontend, _)
-            | Change::UpdateService(frontend, _)
-            | Change::AddServer(frontend, ..)
-            | Change::UpdateServer(frontend, ..) => {
+            | Change::AddServer(frontend, ..) => {
                 self.frontends.contains(frontend) || self.vips.contains(&frontend.ip)
             }
-            Change::RemoveServer(frontend, _) => {
-                self.frontends.contains(frontend) || self.unstaffed.contains(frontend)
+            // These build on nothing that the same pass makes. A backend that is dead or drains
+            // must go whatever else fails, or its share of the connections is lost.
+            Change::UpdateService(..) | Change::UpdateServer(..) | Change::RemoveServer(..) => {
+                false
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write as _;
+
+    use ferrule_model::address::{BackendAddr, Protocol};
+    use ferrule_model::service::Scheduling;
+
+    use super::*;
+
+    /// Every kind of change about one frontend, and then about another port of the same VIP.
+    fn changes() -> Vec<Change> {
+        let ip: IpAddr = "10.96.0.1".parse().unwrap();
+        let backend = BackendAddr::new("10.1.0.2".parse().unwrap(), 8080);
+        let how = Scheduling::default;
+        let mut changes = Vec::new();
+        for port in [80, 81] {
+            let addr = FrontendAddr::new(ip, port, Protocol::Tcp);
+            changes.extend([
+                Change::RemoveService(addr),
+                Change::DisallowFrontend(addr),
+                Change::AllowFrontend(addr),
+                Change::AddService(addr, how()),
+                Change::UpdateService(addr, how()),
+                Change::AddServer(addr, backend, 1),
+                Change::UpdateServer(addr, backend, 0),
+                Change::RemoveServer(addr, backend),
+            ]);
+        }
+        changes.extend([
+            Change::UnbindVip(ip),
+            Change::UnguardVip(ip),
+            Change::GuardVip(ip),
+            Change::BindVip(ip),
+        ]);
+        changes.sort();
+        changes
+    }
+
+    fn short(change: &Change) -> String {
+        let name = format!("{change:?}");
+        let name = name.split('(').next().unwrap_or_default();
+        let port = change.frontend().map(|addr| format!(":{}", addr.port));
+        format!("{name}{}", port.unwrap_or_default())
+    }
+
+    /// What a failure of each kind of change holds back, of those that come behind it.
+    #[test]
+    fn a_failure_holds_back_what_builds_on_it() {
+        let all = changes();
+        let mut table = String::new();
+        for failed in &all {
+            if failed.frontend().is_some_and(|addr| addr.port == 81) {
+                continue;
+            }
+            let mut broken = Broken::default();
+            broken.record(failed);
+            let behind = all.iter().skip_while(|change| *change != failed).skip(1);
+            let held: Vec<_> = behind.filter(|c| broken.holds_back(c)).map(short).collect();
+            writeln!(table, "{}: {}", short(failed), held.join(" ")).unwrap();
+        }
+        expect_test::expect![[r"
+            RemoveService:80: DisallowFrontend:80 UnbindVip UnguardVip AllowFrontend:80 AddService:80 AddServer:80
+            DisallowFrontend:80: UnbindVip UnguardVip AllowFrontend:80 AddService:80 AddServer:80
+            UnbindVip: UnguardVip GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            UnguardVip: GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            GuardVip: BindVip AllowFrontend:80 AllowFrontend:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            BindVip: AllowFrontend:80 AllowFrontend:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            AllowFrontend:80: AddService:80 AddServer:80
+            AddService:80: AddServer:80
+            UpdateService:80: 
+            AddServer:80: 
+            UpdateServer:80: 
+            RemoveServer:80: 
+        "]].assert_eq(&table);
     }
 }

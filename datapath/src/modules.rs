@@ -1,5 +1,6 @@
 //! Kernel modules that services need.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -13,30 +14,44 @@ const MODULES: [&str; 4] = ["ip_vs", "ip_vs_rr", "nf_conntrack", "dummy"];
 /// Where distributions have the program; the agent's PATH may be empty.
 const PROGRAMS: [&str; 3] = ["/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe"];
 
-/// How long loading may take.
-const TIMEOUT: Duration = Duration::from_secs(30);
+/// Where the kernel lists what is loaded, and most of what is built in.
+const LOADED: &str = "/sys/module";
 
-/// Asks for the modules to be loaded. What is built in, or loaded, counts as
-/// loaded. A failure shows where the module is needed, with a better message
-/// than this place could give; so it is only noted here.
-pub(crate) async fn load() {
-    for program in PROGRAMS {
-        if !std::path::Path::new(program).exists() {
+/// How long loading one may take.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Loads what is not there yet and returns what is missing then. That is no
+/// failure by itself: a container may lack the program, or a kernel have it
+/// built in without saying so. Whoever needs the module finds out, and has the
+/// better message.
+pub(crate) async fn load() -> Vec<&'static str> {
+    let program = PROGRAMS.into_iter().find(|path| Path::new(path).exists());
+    let mut missing = Vec::new();
+    for module in MODULES {
+        if Path::new(LOADED).join(module).exists() {
             continue;
         }
-        let child = Command::new(program)
-            .args(["-q", "-a"])
-            .args(MODULES)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .status();
-        match timeout(TIMEOUT, child).await {
-            Ok(status) => debug!(program, ?status, "modules asked for"),
-            Err(_elapsed) => debug!(program, "modules did not load within {TIMEOUT:?}"),
+        let loaded = match program {
+            Some(program) => load_one(program, module).await,
+            None => false,
+        };
+        if !loaded {
+            missing.push(module);
         }
-        return;
     }
-    debug!("no modprobe here");
+    missing
+}
+
+/// What is built in counts as loaded, the program says.
+async fn load_one(program: &str, module: &str) -> bool {
+    let child = Command::new(program)
+        .args(["-q", module])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .status();
+    let outcome = timeout(TIMEOUT, child).await;
+    debug!(program, module, ?outcome, "module asked for");
+    matches!(outcome, Ok(Ok(status)) if status.success())
 }

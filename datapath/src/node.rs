@@ -12,6 +12,8 @@ use ferrule_model::observed::Observed;
 use ferrule_model::ownership::owns_virtual_service;
 use ferrule_model::service::{Scheduler, Scheduling, VirtualService, Weight};
 use ferrule_netlink::Error;
+use rustix::io::Errno;
+use tracing::{info, warn};
 
 use crate::apply::{ChangeError, Kernel};
 use crate::filter::{self, Element, Elements, RulesetError};
@@ -110,7 +112,13 @@ impl Node {
     /// [`OpenError`]; what was prepared stays and does no harm.
     pub async fn open(settings: Settings) -> Result<Self, OpenError> {
         if settings.load_modules {
-            modules::load().await;
+            let missing = modules::load().await;
+            if !missing.is_empty() {
+                warn!(
+                    ?missing,
+                    "kernel modules could not be loaded; what needs them fails and says so"
+                );
+            }
         }
         let ipvs = ipvs::Client::open().await.map_err(|error| {
             if error.is_not_found() {
@@ -170,33 +178,57 @@ impl Node {
         self.ipvs.carry_out(&orders).await
     }
 
-    /// Makes something, or makes it exact where it is there already; or the
-    /// other way round. `second` says whether the first refusal calls for it.
+    /// Makes things; those that are there already are made exact by the second order.
+    /// Returns also where that was so.
     async fn orders_with_second(
         &self,
         first: Vec<Order>,
-        second: Vec<Order>,
-        calls_for_second: fn(&Error) -> bool,
-    ) -> Vec<Result<(), Error>> {
+        second: &[Order],
+    ) -> (Vec<Result<(), Error>>, Vec<usize>) {
         let mut results = self.orders(first).await;
-        let again: Vec<usize> = results
+        let existing: Vec<usize> = results
             .iter()
             .enumerate()
-            .filter(|(_, result)| result.as_ref().is_err_and(calls_for_second))
+            .filter(|(_, result)| result.as_ref().is_err_and(Error::already_exists))
             .map(|(index, _)| index)
             .collect();
-        if again.is_empty() {
-            return results;
+        if existing.is_empty() {
+            return (results, existing);
         }
-        let orders = again
+        let orders = existing
             .iter()
             .filter_map(|i| second.get(*i).cloned())
             .collect();
-        let seconds = self.orders(orders).await;
-        for (index, result) in again.into_iter().zip(seconds) {
-            if let Some(slot) = results.get_mut(index) {
+        for (index, result) in existing.iter().zip(self.orders(orders).await) {
+            if let Some(slot) = results.get_mut(*index) {
                 *slot = result;
             }
+        }
+        (results, existing)
+    }
+
+    /// Makes virtual services. One that another program made before us is made
+    /// exact; real servers in it are not what the caller believes to be there,
+    /// so it fails as "exists", for the caller to observe and to put right.
+    async fn add_services(&self, first: Vec<Order>, second: &[Order]) -> Vec<Result<(), Error>> {
+        let (mut results, existing) = self.orders_with_second(first, second).await;
+        for index in existing {
+            let (Some(slot), Some(Order::SetService(key, _))) =
+                (results.get_mut(index), second.get(index))
+            else {
+                continue;
+            };
+            if slot.is_err() {
+                continue;
+            }
+            *slot = match self.ipvs.servers(key).await {
+                Ok(servers) if servers.is_empty() => Ok(()),
+                Ok(_) => Err(Error::Refused {
+                    errno: Errno::EXIST,
+                    reason: Some("with real servers that are not ours".to_owned()),
+                }),
+                Err(error) => Err(error),
+            };
         }
         results
     }
@@ -276,15 +308,12 @@ impl Kernel for Node {
             Change::RemoveService(_) | Change::RemoveServer(..) => {
                 (self.orders(run.first).await, Gone::Fine)
             }
+            // Not found is the scheduler here, not something that we believed to be there.
             Change::AddService(..) => {
-                let exists = Error::already_exists;
-                let results = self.orders_with_second(run.first, run.second, exists).await;
-                // Not found is the scheduler, not something that we believed to be there.
-                (results, Gone::Fails)
+                (self.add_services(run.first, &run.second).await, Gone::Fails)
             }
             Change::AddServer(..) => {
-                let exists = Error::already_exists;
-                let results = self.orders_with_second(run.first, run.second, exists).await;
+                let (results, _) = self.orders_with_second(run.first, &run.second).await;
                 (results, Gone::Contradicts)
             }
             Change::UpdateService(..) | Change::UpdateServer(..) => {
@@ -313,6 +342,7 @@ fn judge(result: Result<(), Error>, gone: Gone) -> Result<(), ChangeError> {
     result.or_else(|error| match gone {
         Gone::Fine if error.is_not_found() => Ok(()),
         Gone::Contradicts if error.is_not_found() => Err(ChangeError::contradicts(error)),
+        Gone::Fails if error.already_exists() => Err(ChangeError::contradicts(error)),
         Gone::Fine | Gone::Contradicts | Gone::Fails => Err(ChangeError::new(error)),
     })
 }
@@ -377,7 +407,7 @@ fn weight(server: &RealServer) -> Weight {
 pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
     let mut problems = Vec::new();
     let services = remove_services(&settings, &mut problems).await;
-    match VipDevice::find(&settings.vip_device).await {
+    match our_device(&settings).await {
         Ok(None) => {}
         // Its addresses prove whose the services are: it stays until these are gone.
         Ok(Some(device)) if services => {
@@ -441,12 +471,21 @@ async fn remove_services(settings: &Settings, problems: &mut Vec<String>) -> boo
     problems.len() == before
 }
 
+/// A device of the name that is no dummy is another's: none of ours is there.
+async fn our_device(settings: &Settings) -> Result<Option<VipDevice>, DeviceError> {
+    match VipDevice::find(&settings.vip_device).await {
+        Err(DeviceError::Taken { device }) => {
+            info!(%device, "not ours, it stays");
+            Ok(None)
+        }
+        found => found,
+    }
+}
+
 async fn our_vips(settings: &Settings) -> Result<BTreeSet<IpAddr>, String> {
     let mut vips = BTreeSet::new();
-    let device = VipDevice::find(&settings.vip_device)
-        .await
-        .map_err(|error| error.to_string())?;
-    if let Some(device) = device {
+    let device = our_device(settings).await;
+    if let Some(device) = device.map_err(|error| error.to_string())? {
         let addresses = device.addresses().await;
         vips.extend(addresses.map_err(|error| format!("device {}: {error}", device.name()))?);
     }

@@ -1,10 +1,10 @@
 //! Requests, batches, dumps and transactions over one socket.
 
+use std::future::ready;
 use std::time::Duration;
 
 use futures_channel::mpsc::UnboundedReceiver;
-use futures_util::StreamExt as _;
-use futures_util::stream;
+use futures_util::stream::{self, PollNext, Stream, StreamExt as _};
 use netlink_packet_core::{
     ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload, NlasIterator,
@@ -71,15 +71,63 @@ impl Protocol {
 
 type Message = NetlinkMessage<RawMessage>;
 
-/// Messages that belong to no request: late answers, and errors about a whole transaction.
-type Unsolicited = UnboundedReceiver<(Message, SocketAddr)>;
+/// The right to use a socket, with what that takes.
+#[derive(Debug)]
+struct Turn {
+    /// Messages that belong to no request: late answers, errors about a whole
+    /// transaction, and the news that answers were lost.
+    strays: UnboundedReceiver<(Message, SocketAddr)>,
+    /// How many messages were handed to the connection. It numbers them from 1
+    /// on in that order, so this is the sequence number of the last.
+    sent: u32,
+}
+
+/// What can come while a request is out.
+enum Event {
+    /// An answer to it.
+    Answer(Message),
+    /// Something that belongs to no request.
+    Stray(Message),
+    /// No more answers come, be it that all did or that the socket was closed.
+    End,
+}
+
+impl Turn {
+    /// Forgets what came too late for its request.
+    fn begin(&mut self) {
+        while self.strays.try_recv().is_ok() {}
+    }
+
+    /// The answers `received` to a request, with the strays among them. What was
+    /// answered comes before the news that other answers were lost.
+    fn events<'a>(
+        &'a mut self,
+        received: impl Stream<Item = Message> + 'a,
+    ) -> impl Stream<Item = Event> + 'a {
+        let answers = received
+            .map(Event::Answer)
+            .chain(stream::once(ready(Event::End)));
+        let strays = self.strays.by_ref().map(|(stray, _)| Event::Stray(stray));
+        stream::select_with_strategy(answers, strays, |(): &mut ()| PollNext::Left)
+    }
+
+    /// Sequence number of the message that is sent next.
+    fn next_number(&self) -> u32 {
+        self.sent.wrapping_add(1)
+    }
+
+    /// Whether answers were lost of which the end arrived all the same.
+    fn lost_answers(&mut self) -> bool {
+        std::iter::from_fn(|| self.strays.try_recv().ok())
+            .any(|(stray, _)| matches!(stray.payload, NetlinkPayload::Overrun(_)))
+    }
+}
 
 /// A netlink socket. One operation at a time: the others wait for it.
 #[derive(Debug)]
 pub struct Socket {
     handle: ConnectionHandle<RawMessage>,
-    /// Holding it is the right to use the socket.
-    unsolicited: Mutex<Unsolicited>,
+    turn: Mutex<Turn>,
     connection: JoinHandle<()>,
     timeout: Duration,
 }
@@ -97,9 +145,13 @@ impl Socket {
     /// # Errors
     /// [`Error::Open`].
     pub fn open(protocol: Protocol) -> Result<Self, Error> {
+        Self::open_with_buffers(protocol, BUFFER)
+    }
+
+    fn open_with_buffers(protocol: Protocol, bytes: usize) -> Result<Self, Error> {
         let failed =
             |error: std::io::Error| Error::Open(Errno::from_io_error(&error).unwrap_or(Errno::IO));
-        let (mut connection, handle, unsolicited) =
+        let (mut connection, handle, strays) =
             netlink_proto::new_connection::<RawMessage>(protocol.number()).map_err(failed)?;
         connection.set_forward_ack(true);
         connection.set_forward_done(true);
@@ -108,10 +160,10 @@ impl Socket {
         let _best_effort = socket.set_ext_ack(true);
         let _best_effort = socket.set_cap_ack(true);
         let _best_effort = socket.set_netlink_get_strict_chk(true);
-        raise_buffers(socket);
+        size_buffers(socket, bytes);
         Ok(Self {
             handle,
-            unsolicited: Mutex::new(unsolicited),
+            turn: Mutex::new(Turn { strays, sent: 0 }),
             connection: tokio::spawn(connection),
             timeout: TIMEOUT,
         })
@@ -127,87 +179,92 @@ impl Socket {
     /// # Errors
     /// [`Error`]; [`Error::leaves_doubt`] says whether it may have taken effect.
     pub async fn request(&self, message: RawMessage, flags: u16) -> Result<Vec<RawMessage>, Error> {
-        let mut unsolicited = self.unsolicited.lock().await;
-        drain(&mut unsolicited);
+        let mut turn = self.turn.lock().await;
+        turn.begin();
+        timeout(self.timeout, self.request_once(&mut turn, message, flags))
+            .await
+            .unwrap_or(Err(Error::Timeout(self.timeout)))
+    }
+
+    async fn request_once(
+        &self,
+        turn: &mut Turn,
+        message: RawMessage,
+        flags: u16,
+    ) -> Result<Vec<RawMessage>, Error> {
+        let received = self.send(turn, vec![acknowledged((message, flags))])?;
         let mut answers = Vec::new();
-        let exchange = async {
-            let sent = self
-                .handle
-                .request(framed(message, flags | NLM_F_REQUEST | NLM_F_ACK), kernel())
-                .map_err(|_| Error::Closed)?;
-            let mut received = std::pin::pin!(sent);
-            while let Some(message) = received.next().await {
-                match message.payload {
-                    NetlinkPayload::InnerMessage(inner) => answers.push(inner),
-                    NetlinkPayload::Error(error) => return result(&error, message.header.flags),
-                    NetlinkPayload::Overrun(_) => return Err(Error::Overrun),
-                    NetlinkPayload::Done(_) => return Ok(()),
-                    _ => {}
+        {
+            let mut events = std::pin::pin!(turn.events(received));
+            loop {
+                match events.next().await {
+                    Some(Event::Answer(answer)) => match answer.payload {
+                        NetlinkPayload::InnerMessage(inner) => answers.push(inner),
+                        NetlinkPayload::Error(error) => {
+                            result(&error, answer.header.flags)?;
+                            break;
+                        }
+                        NetlinkPayload::Done(_) => break,
+                        _ => {}
+                    },
+                    Some(Event::Stray(stray)) => overrun(&stray)?,
+                    Some(Event::End) | None => return Err(Error::Closed),
                 }
             }
-            Err(Error::Closed)
-        };
-        match timeout(self.timeout, exchange).await {
-            Ok(result) => result.map(|()| answers),
-            Err(_elapsed) => Err(Error::Timeout(self.timeout)),
         }
+        if turn.lost_answers() {
+            return Err(Error::Overrun);
+        }
+        Ok(answers)
+    }
+
+    /// Hands messages to the connection, which sends them as one datagram.
+    fn send(
+        &self,
+        turn: &mut Turn,
+        messages: Vec<(Message, ReplyExpectation)>,
+    ) -> Result<impl Stream<Item = Message> + use<>, Error> {
+        let count = u32::try_from(messages.len()).unwrap_or(u32::MAX);
+        turn.sent = turn.sent.wrapping_add(count);
+        self.handle
+            .request_batch_with_expectation(messages, kernel())
+            .map_err(|_| Error::Closed)
     }
 
     /// Sends messages, at most [`MAX_BATCH`] at a time, each acknowledged. The
     /// i-th result is that of the i-th message. One that fails does not keep
     /// the kernel from taking the next.
     pub async fn batch(&self, messages: Vec<(RawMessage, u16)>) -> Vec<Result<(), Error>> {
-        let mut unsolicited = self.unsolicited.lock().await;
-        drain(&mut unsolicited);
+        let mut turn = self.turn.lock().await;
+        turn.begin();
         let mut results = Vec::with_capacity(messages.len());
         let mut messages = messages.into_iter();
         loop {
             let chunk: Vec<_> = messages
                 .by_ref()
                 .take(MAX_BATCH)
-                .map(|(message, flags)| framed(message, flags | NLM_F_REQUEST | NLM_F_ACK))
+                .map(acknowledged)
                 .collect();
             if chunk.is_empty() {
                 return results;
             }
-            let all = results.len() + chunk.len();
-            if let Err(error) = self.batch_chunk(chunk, &mut results).await {
-                // What is not acknowledged is unknown, and so is what was never sent then.
-                results.resize(all, Err(error.clone()));
-                results.extend(messages.map(|_| Err(error.clone())));
-                return results;
-            }
+            let mut answered = vec![None; chunk.len()];
+            let first = turn.next_number();
+            let exchange = self.exchange(&mut turn, chunk, first, &mut answered);
+            let outcome = timeout(self.timeout, exchange)
+                .await
+                .unwrap_or(Err(Error::Timeout(self.timeout)));
+            let Err(error) = outcome else {
+                results.extend(answered.into_iter().flatten());
+                continue;
+            };
+            // What is not acknowledged is unknown, and what comes behind is not sent.
+            let unknown = || Err(error.clone());
+            let answered = answered.into_iter();
+            results.extend(answered.map(|result| result.unwrap_or_else(unknown)));
+            results.extend(messages.map(|_| unknown()));
+            return results;
         }
-    }
-
-    async fn batch_chunk(
-        &self,
-        chunk: Vec<Message>,
-        results: &mut Vec<Result<(), Error>>,
-    ) -> Result<(), Error> {
-        let all = results.len() + chunk.len();
-        let exchange = async {
-            let sent = self
-                .handle
-                .request_batch(chunk, kernel())
-                .map_err(|_| Error::Closed)?;
-            let mut received = std::pin::pin!(sent);
-            // The kernel takes the messages in order, and so come the acknowledgements.
-            while results.len() < all {
-                let message = received.next().await.ok_or(Error::Closed)?;
-                match message.payload {
-                    NetlinkPayload::Error(error) => {
-                        results.push(result(&error, message.header.flags));
-                    }
-                    NetlinkPayload::Overrun(_) => return Err(Error::Overrun),
-                    _ => {}
-                }
-            }
-            Ok(())
-        };
-        timeout(self.timeout, exchange)
-            .await
-            .unwrap_or(Err(Error::Timeout(self.timeout)))
     }
 
     /// Asks for everything of a kind. What is returned is complete.
@@ -215,10 +272,11 @@ impl Socket {
     /// # Errors
     /// [`Error`]. A dump that changes interrupt is begun anew a few times first.
     pub async fn dump(&self, message: RawMessage) -> Result<Vec<RawMessage>, Error> {
-        let mut unsolicited = self.unsolicited.lock().await;
-        drain(&mut unsolicited);
+        let mut turn = self.turn.lock().await;
+        turn.begin();
         for _ in 0..DUMP_ATTEMPTS {
-            let attempt = timeout(self.timeout, self.dump_once(message.clone()))
+            let attempt = self.dump_once(&mut turn, message.clone());
+            let attempt = timeout(self.timeout, attempt)
                 .await
                 .unwrap_or(Err(Error::Timeout(self.timeout)))?;
             if let Some(messages) = attempt {
@@ -229,28 +287,40 @@ impl Socket {
     }
 
     /// `None` when it was interrupted.
-    async fn dump_once(&self, message: RawMessage) -> Result<Option<Vec<RawMessage>>, Error> {
-        let sent = self
-            .handle
-            .request(framed(message, NLM_F_REQUEST | NLM_F_DUMP), kernel())
-            .map_err(|_| Error::Closed)?;
-        let mut received = std::pin::pin!(sent);
+    async fn dump_once(
+        &self,
+        turn: &mut Turn,
+        message: RawMessage,
+    ) -> Result<Option<Vec<RawMessage>>, Error> {
+        let message = framed(message, NLM_F_REQUEST | NLM_F_DUMP);
+        let received = self.send(turn, vec![(message, ReplyExpectation::Expected)])?;
         let mut messages = Vec::new();
         let mut interrupted = false;
-        while let Some(message) = received.next().await {
-            interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
-            match message.payload {
-                NetlinkPayload::InnerMessage(inner) => messages.push(inner),
-                NetlinkPayload::Done(done) if done.code < 0 => return Err(refused(done.code)),
-                NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(messages)),
-                NetlinkPayload::Error(error) => {
-                    result(&error, message.header.flags)?;
+        {
+            let mut events = std::pin::pin!(turn.events(received));
+            loop {
+                let answer = match events.next().await {
+                    Some(Event::Answer(answer)) => answer,
+                    Some(Event::Stray(stray)) => {
+                        overrun(&stray)?;
+                        continue;
+                    }
+                    Some(Event::End) | None => return Err(Error::Closed),
+                };
+                interrupted |= answer.header.flags & NLM_F_DUMP_INTR != 0;
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(inner) => messages.push(inner),
+                    NetlinkPayload::Done(done) if done.code < 0 => return Err(refused(done.code)),
+                    NetlinkPayload::Done(_) => break,
+                    NetlinkPayload::Error(error) => result(&error, answer.header.flags)?,
+                    _ => {}
                 }
-                NetlinkPayload::Overrun(_) => return Err(Error::Overrun),
-                _ => {}
             }
         }
-        Err(Error::Closed)
+        if turn.lost_answers() {
+            return Err(Error::Overrun);
+        }
+        Ok((!interrupted).then_some(messages))
     }
 
     /// Carries out nftables messages as one transaction: all of them or none.
@@ -258,57 +328,82 @@ impl Socket {
     /// # Errors
     /// The first refusal; nothing was changed then, unless the error leaves doubt.
     pub async fn transaction(&self, messages: Vec<(RawMessage, u16)>) -> Result<(), Error> {
-        let mut unsolicited = self.unsolicited.lock().await;
-        drain(&mut unsolicited);
-        let count = messages.len();
-        if count == 0 {
-            return Ok(());
+        self.transaction_each(messages).await?.into_iter().collect()
+    }
+
+    /// The same, and says of each message what the kernel thinks of it, for it
+    /// goes on after one that it refuses: the i-th result is that of the i-th
+    /// message. When any is an error, nothing was changed.
+    ///
+    /// # Errors
+    /// Of the transaction as a whole; nothing was changed, unless it leaves doubt.
+    pub async fn transaction_each(
+        &self,
+        messages: Vec<(RawMessage, u16)>,
+    ) -> Result<Vec<Result<(), Error>>, Error> {
+        if messages.is_empty() {
+            return Ok(Vec::new());
         }
+        let mut results = vec![None; messages.len()];
         // Kernels before 6.10 never acknowledge begin and end.
         let quiet = |message| {
-            (
-                framed(message, NLM_F_REQUEST),
-                ReplyExpectation::NotExpected,
-            )
+            let message = framed(message, NLM_F_REQUEST);
+            std::iter::once((message, ReplyExpectation::NotExpected))
         };
-        let batch = std::iter::once(quiet(batch_mark(BATCH_BEGIN)))
-            .chain(messages.into_iter().map(|(message, flags)| {
-                let flags = flags | NLM_F_REQUEST | NLM_F_ACK;
-                (framed(message, flags), ReplyExpectation::Expected)
-            }))
-            .chain(std::iter::once(quiet(batch_mark(BATCH_END))));
-        let exchange = async {
-            let sent = self
-                .handle
-                .request_batch_with_expectation(batch, kernel())
-                .map_err(|_| Error::Closed)?;
-            // What concerns the transaction as a whole is answered to its begin.
-            let whole = unsolicited.by_ref().map(|(message, _)| (message, false));
-            let mut received =
-                std::pin::pin!(stream::select(sent.map(|message| (message, true)), whole));
-            let mut outcome = Ok(());
-            let mut answered = 0;
-            while answered < count {
-                let (message, own) = received.next().await.ok_or(Error::Closed)?;
-                match message.payload {
-                    NetlinkPayload::Error(error) => {
-                        let result = result(&error, message.header.flags);
-                        if own {
-                            answered += 1;
-                        } else if result.is_err() {
-                            return result;
-                        }
-                        outcome = outcome.and(result);
+        let batch = quiet(batch_mark(BATCH_BEGIN))
+            .chain(messages.into_iter().map(acknowledged))
+            .chain(quiet(batch_mark(BATCH_END)))
+            .collect();
+        let mut turn = self.turn.lock().await;
+        turn.begin();
+        let first = turn.next_number().wrapping_add(1);
+        timeout(
+            self.timeout,
+            self.exchange(&mut turn, batch, first, &mut results),
+        )
+        .await
+        .unwrap_or(Err(Error::Timeout(self.timeout)))?;
+        Ok(results.into_iter().flatten().collect())
+    }
+
+    /// Sends messages as one datagram and fills in `results`, the first of which
+    /// is that of the message with the number `first`. Returns without an error
+    /// when all are there.
+    async fn exchange(
+        &self,
+        turn: &mut Turn,
+        messages: Vec<(Message, ReplyExpectation)>,
+        first: u32,
+        results: &mut [Option<Result<(), Error>>],
+    ) -> Result<(), Error> {
+        let mut missing = results.len();
+        let received = self.send(turn, messages)?;
+        let mut events = std::pin::pin!(turn.events(received));
+        while missing > 0 {
+            match events.next().await {
+                Some(Event::Answer(answer)) => {
+                    let NetlinkPayload::Error(error) = answer.payload else {
+                        continue;
+                    };
+                    // By its number: an answer that was lost must not shift the others.
+                    let place = answer.header.sequence_number.wrapping_sub(first);
+                    let place = usize::try_from(place).ok();
+                    if let Some(slot) = place.and_then(|place| results.get_mut(place)) {
+                        missing -= usize::from(slot.is_none());
+                        *slot = Some(result(&error, answer.header.flags));
                     }
-                    NetlinkPayload::Overrun(_) => return Err(Error::Overrun),
-                    _ => {}
                 }
+                Some(Event::Stray(stray)) => {
+                    overrun(&stray)?;
+                    // What concerns a transaction as a whole is answered to its begin.
+                    if let NetlinkPayload::Error(error) = stray.payload {
+                        result(&error, stray.header.flags)?;
+                    }
+                }
+                Some(Event::End) | None => return Err(Error::Closed),
             }
-            outcome
-        };
-        timeout(self.timeout, exchange)
-            .await
-            .unwrap_or(Err(Error::Timeout(self.timeout)))
+        }
+        Ok(())
     }
 }
 
@@ -323,24 +418,36 @@ fn framed(message: RawMessage, flags: u16) -> Message {
     NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message))
 }
 
+fn acknowledged((message, flags): (RawMessage, u16)) -> (Message, ReplyExpectation) {
+    let message = framed(message, flags | NLM_F_REQUEST | NLM_F_ACK);
+    (message, ReplyExpectation::Expected)
+}
+
 /// `struct nfgenmsg` {family: unspecified, version 0, resource: subsystem}.
 fn batch_mark(message_type: u16) -> RawMessage {
     let subsystem = SUBSYSTEM_NFTABLES.to_be_bytes();
     RawMessage::new(message_type, vec![0, 0, subsystem[0], subsystem[1]])
 }
 
-/// Forgets what came too late for its request.
-fn drain(unsolicited: &mut Unsolicited) {
-    while unsolicited.try_recv().is_ok() {}
+/// The connection reports a lost answer as a message that belongs to no
+/// request, for nobody can say whose it was.
+fn overrun(stray: &Message) -> Result<(), Error> {
+    match stray.payload {
+        NetlinkPayload::Overrun(_) => Err(Error::Overrun),
+        _ => Ok(()),
+    }
 }
 
-fn raise_buffers(socket: &netlink_sys::Socket) {
+fn size_buffers(socket: &netlink_sys::Socket, bytes: usize) {
     use rustix::net::sockopt;
-    // The forced variants need CAP_NET_ADMIN and go beyond the limits of net.core.
-    if sockopt::set_socket_recv_buffer_size_force(socket, BUFFER).is_err() {
-        let _best_effort = sockopt::set_socket_recv_buffer_size(socket, BUFFER);
+    // The forced variants need CAP_NET_ADMIN and go beyond the limits of net.core, which are
+    // 208 kB as distributions have them.
+    if sockopt::set_socket_recv_buffer_size_force(socket, bytes).is_err() {
+        let _best_effort = sockopt::set_socket_recv_buffer_size(socket, bytes);
     }
-    let _best_effort = sockopt::set_socket_send_buffer_size(socket, BUFFER);
+    if sockopt::set_socket_send_buffer_size_force(socket, bytes).is_err() {
+        let _best_effort = sockopt::set_socket_send_buffer_size(socket, bytes);
+    }
 }
 
 fn result(error: &ErrorMessage, flags: u16) -> Result<(), Error> {
@@ -371,4 +478,60 @@ fn kernel_words(payload: &[u8]) -> Option<String> {
         .find(|attribute| attribute.kind() == ERROR_ATTRIBUTE_MESSAGE)?;
     let text = attribute.value().split(|byte| *byte == 0).next()?;
     Some(String::from_utf8_lossy(text).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `RTM_DELADDR` of an address: of a device that does not exist for odd
+    /// numbers, with nothing else said for even ones. Refused in two ways, and
+    /// nothing is changed.
+    fn refused_either_way(number: u8) -> RawMessage {
+        const RTM_DELADDR: u16 = 21;
+        let index: u32 = if number % 2 == 1 { 4711 } else { 1 };
+        let mut body = vec![2, 32, 0, 0];
+        body.extend(index.to_ne_bytes());
+        // IFA_LOCAL 203.0.113.1
+        body.extend([8, 0, 2, 0, 203, 0, 113, 1]);
+        RawMessage::new(RTM_DELADDR, body)
+    }
+
+    #[test]
+    fn lost_answers_are_said_so_at_once_and_never_given_to_another() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut socket = Socket::open_with_buffers(Protocol::Route, 1024).unwrap();
+            socket.set_timeout(Duration::from_secs(5));
+            // The send buffer must take the batch; the answers must not fit.
+            let batch: Vec<_> = (0..100).map(|n| (refused_either_way(n), 0)).collect();
+            let start = std::time::Instant::now();
+            let results = socket.batch(batch).await;
+            assert_eq!(results.len(), 100);
+            let lost = results
+                .iter()
+                .filter(|r| matches!(r, Err(Error::Overrun)))
+                .count();
+            for (index, result) in results.iter().enumerate() {
+                let error = result.as_ref().unwrap_err();
+                let expected = if index % 2 == 1 {
+                    Errno::NODEV
+                } else {
+                    Errno::ADDRNOTAVAIL
+                };
+                assert!(
+                    error.errno() == Some(expected) || matches!(error, Error::Overrun),
+                    "{index}: {error}"
+                );
+            }
+            assert!(lost > 0, "the buffer was large enough: {results:?}");
+            assert!(start.elapsed() < Duration::from_secs(5), "waited in vain");
+            // The socket works on.
+            let error = socket.request(refused_either_way(1), 0).await.unwrap_err();
+            assert_eq!(error.errno(), Some(Errno::NODEV));
+        });
+    }
 }

@@ -164,6 +164,16 @@ fn a_transaction_is_all_or_nothing() {
             .transaction(vec![table(0, "abc"), table(2, "nothere")])
             .await;
         assert!(error.unwrap_err().is_not_found());
+        let results = socket
+            .transaction_each(vec![
+                table(2, "nothere"),
+                table(0, "abc"),
+                table(2, "nor-this"),
+            ])
+            .await
+            .unwrap();
+        let refused: Vec<bool> = results.iter().map(Result::is_err).collect();
+        assert_eq!(refused, [true, false, true]);
         let list = || RawMessage::new((10 << 8) | 1, vec![1, 0, 0, 0]);
         assert_eq!(socket.dump(list()).await.unwrap(), vec![]);
         socket

@@ -17,7 +17,7 @@ use crate::node::Node;
 use crate::wait;
 
 /// How long an ADD may be put off by an agent that is not ready.
-const READY: Duration = Duration::from_mins(5);
+const READY: Duration = Duration::from_mins(1);
 
 /// The specification's code for "try again later".
 const TRY_AGAIN: u64 = 11;

@@ -56,6 +56,8 @@ pub struct Selection {
     pub filters: Vec<String>,
     /// Filters are whole names.
     pub exact: bool,
+    /// No tests whose name has one of these in it.
+    pub without: Vec<String>,
 }
 
 impl Selection {
@@ -70,7 +72,11 @@ impl Selection {
                     test.name.contains(filter.as_str())
                 }
             });
-        named && self.group.is_none_or(|group| group == test.group)
+        let without = self
+            .without
+            .iter()
+            .any(|part| test.name.contains(part.as_str()));
+        named && !without && self.group.is_none_or(|group| group == test.group)
     }
 }
 

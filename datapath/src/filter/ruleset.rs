@@ -13,9 +13,17 @@ use tokio::time::timeout;
 /// How long the program may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Longest name of a table; the kernel has `NFT_NAME_MAXLEN` 256 with the end.
+const MAX_NAME: usize = 255;
+
 /// Why the ruleset could not be loaded or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum RulesetError {
+    /// The name would not be read as a name.
+    #[error(
+        "{0:?} cannot be the name of an nftables table; take a letter, then letters, digits, '_' or '-'"
+    )]
+    Name(String),
     /// The program could not be run.
     #[error(
         "cannot run {program}: {source}; install nftables, or name the program in the settings"
@@ -48,6 +56,7 @@ pub enum RulesetError {
 /// # Errors
 /// [`RulesetError`]; nothing was changed then.
 pub async fn load(program: &Path, table: &str) -> Result<(), RulesetError> {
+    check_name(table)?;
     run(program, text(table)).await
 }
 
@@ -56,9 +65,22 @@ pub async fn load(program: &Path, table: &str) -> Result<(), RulesetError> {
 /// # Errors
 /// [`RulesetError`].
 pub async fn remove(program: &Path, table: &str) -> Result<(), RulesetError> {
+    check_name(table)?;
     // To delete what may not be there: make it first, in the same transaction.
     let text = format!("add table inet {table}\ndelete table inet {table}\n");
     run(program, text).await
+}
+
+/// The name becomes part of a program's text: it must not say more than a name.
+fn check_name(table: &str) -> Result<(), RulesetError> {
+    let mut bytes = table.bytes();
+    let first = bytes.next().is_some_and(|b| b.is_ascii_alphabetic());
+    let rest = bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
+    if first && rest && table.len() <= MAX_NAME {
+        Ok(())
+    } else {
+        Err(RulesetError::Name(table.to_owned()))
+    }
 }
 
 /// Sets are added where missing; chains are emptied and filled anew.

@@ -79,24 +79,19 @@ impl Attribute<'_> {
     }
 
     /// An address of a family that another attribute names. The kernel sends 16
-    /// bytes for either family; four are enough for IPv4.
+    /// bytes for either family.
     pub(super) fn address(&self, family: Family, name: &str) -> Result<IpAddr, Error> {
-        let short = || {
-            Error::Decode(format!(
-                "attribute {name} has {} bytes, too few for an {family} address",
-                self.value.len()
-            ))
-        };
-        match family {
-            Family::IPv4 => {
-                let bytes = self.value.first_chunk::<4>().ok_or_else(short)?;
-                Ok(IpAddr::V4(Ipv4Addr::from(*bytes)))
-            }
-            Family::IPv6 => {
-                let bytes = self.value.first_chunk::<ADDRESS>().ok_or_else(short)?;
-                Ok(IpAddr::V6(Ipv6Addr::from(*bytes)))
-            }
-        }
+        let bytes = self.fixed::<ADDRESS>(name)?;
+        Ok(match (family, bytes) {
+            (Family::IPv4, [a, b, c, d, ..]) => IpAddr::V4(Ipv4Addr::new(a, b, c, d)),
+            (Family::IPv6, bytes) => IpAddr::V6(Ipv6Addr::from(bytes)),
+        })
+    }
+
+    /// `struct ip_vs_flags`: the flags, and a mask that says nothing in what is received.
+    pub(super) fn flags(&self, name: &str) -> Result<u32, Error> {
+        let [a, b, c, d, ..] = self.fixed::<8>(name)?;
+        Ok(u32::from_ne_bytes([a, b, c, d]))
     }
 
     pub(super) fn family(&self, name: &str) -> Result<Family, Error> {

@@ -75,7 +75,8 @@ impl Client {
         generic::command(self.family, command, VERSION, attributes)
     }
 
-    /// Every virtual service of the namespace, foreign ones included.
+    /// Every virtual service of the namespace, foreign ones included, save those
+    /// of a protocol that IPVS does not balance, which do nothing.
     ///
     /// # Errors
     /// [`Error`]; what is returned is complete.

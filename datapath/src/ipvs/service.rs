@@ -1,7 +1,6 @@
 //! Virtual services.
 
 use std::fmt;
-use std::net::IpAddr;
 
 use ferrule_model::address::{Family, FrontendAddr, Protocol};
 use ferrule_netlink::Error;
@@ -179,18 +178,21 @@ impl Service {
         nested(SERVICE, &attributes)
     }
 
-    /// Parses the attributes of a message of the kernel; `None` if it is about something else.
+    /// Parses the attributes of a message of the kernel; `None` if it is about
+    /// something else, or about a service of a protocol that IPVS does not
+    /// balance: the kernel takes such a service and never uses it, and another
+    /// program's mistake must not keep us from reading the rest.
     pub(super) fn parse(message: &[u8]) -> Result<Option<Self>, Error> {
         for attribute in each(message) {
             let attribute = attribute?;
             if attribute.kind == SERVICE {
-                return Self::parse_nested(attribute.value).map(Some);
+                return Self::parse_nested(attribute.value);
             }
         }
         Ok(None)
     }
 
-    fn parse_nested(bytes: &[u8]) -> Result<Self, Error> {
+    fn parse_nested(bytes: &[u8]) -> Result<Option<Self>, Error> {
         let mut raw = Raw::default();
         for attribute in each(bytes) {
             let a = attribute?;
@@ -202,10 +204,7 @@ impl Service {
                 PORT => raw.port = Some(a.port("SVC_PORT")?),
                 MARK => raw.mark = Some(a.u32("SVC_FWMARK")?),
                 SCHEDULER => raw.scheduler = Some(a.text("SVC_SCHED_NAME")?),
-                FLAGS => {
-                    let bits = a.value.first_chunk::<4>().copied();
-                    raw.flags = u32::from_ne_bytes(required(bits, "SVC_FLAGS (4 bytes)")?);
-                }
+                FLAGS => raw.flags = a.flags("SVC_FLAGS")?,
                 TIMEOUT => raw.timeout = a.u32("SVC_TIMEOUT")?,
                 NETMASK => raw.netmask = Some(a.u32("SVC_NETMASK")?.to_ne_bytes()),
                 ENGINE => raw.engine = Some(a.text("SVC_PE_NAME")?),
@@ -235,13 +234,16 @@ struct Raw<'a> {
 }
 
 impl Raw<'_> {
-    fn service(self) -> Result<Service, Error> {
+    fn service(self) -> Result<Option<Service>, Error> {
         let family = required(self.family, "SVC_AF")?;
         let key = match self.mark {
             Some(mark) => ServiceKey::Mark { family, mark },
-            None => ServiceKey::Address(self.address(family)?),
+            None => match self.address(family)? {
+                Some(addr) => ServiceKey::Address(addr),
+                None => return Ok(None),
+            },
         };
-        Ok(Service {
+        Ok(Some(Service {
             key,
             settings: ServiceSettings {
                 scheduler: self.scheduler.unwrap_or_default(),
@@ -253,26 +255,17 @@ impl Raw<'_> {
                 engine: self.engine,
             },
             stats: self.stats.unwrap_or_default(),
-        })
+        }))
     }
 
-    fn address(&self, family: Family) -> Result<FrontendAddr, Error> {
-        let number = required(self.protocol, "SVC_PROTOCOL")?;
-        let protocol = u8::try_from(number)
-            .ok()
-            .and_then(Protocol::from_number)
-            .ok_or_else(|| {
-                Error::Decode(format!(
-                    "attribute SVC_PROTOCOL: {number} is no protocol that IPVS balances"
-                ))
-            })?;
-        let address = self.address.as_ref();
-        let ip: IpAddr = required(address, "SVC_ADDR")?.address(family, "SVC_ADDR")?;
-        Ok(FrontendAddr::new(
-            ip,
-            required(self.port, "SVC_PORT")?,
-            protocol,
-        ))
+    /// `None` if the protocol is none that IPVS balances.
+    fn address(&self, family: Family) -> Result<Option<FrontendAddr>, Error> {
+        let protocol = required(self.protocol, "SVC_PROTOCOL")?;
+        let address = required(self.address.as_ref(), "SVC_ADDR")?;
+        let ip = address.address(family, "SVC_ADDR")?;
+        let port = required(self.port, "SVC_PORT")?;
+        let protocol = u8::try_from(protocol).ok().and_then(Protocol::from_number);
+        Ok(protocol.map(|protocol| FrontendAddr::new(ip, port, protocol)))
     }
 }
 
@@ -361,12 +354,33 @@ mod tests {
         attributes.push(DefaultNla::new(999, vec![1, 2, 3]));
         let read = Service::parse(&bytes(&nested(SERVICE, &attributes)));
         assert_eq!(read.unwrap().unwrap().key, keys()[0]);
-        attributes.push(DefaultNla::new(PORT, vec![1, 2, 3]));
-        let error = Service::parse(&bytes(&nested(SERVICE, &attributes))).unwrap_err();
-        assert!(
-            error.to_string().contains("SVC_PORT has 3 bytes"),
-            "{error}"
-        );
+        for (kind, length, says) in [
+            (PORT, 3, "SVC_PORT has 3 bytes"),
+            (FAMILY, 1, "SVC_AF has 1 bytes"),
+            (ADDRESS, 4, "SVC_ADDR has 4 bytes"),
+            (ADDRESS, 20, "SVC_ADDR has 20 bytes"),
+            (FLAGS, 4, "SVC_FLAGS has 4 bytes"),
+            (TIMEOUT, 8, "SVC_TIMEOUT has 8 bytes"),
+            (NETMASK, 0, "SVC_NETMASK has 0 bytes"),
+        ] {
+            let mut wrong = attributes.clone();
+            wrong.push(DefaultNla::new(kind, vec![2; length]));
+            let error = Service::parse(&bytes(&nested(SERVICE, &wrong))).unwrap_err();
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_service_that_cannot_balance_is_passed_over() {
+        for number in [0, 47, 0x0600] {
+            let mut attributes = Attributes::new();
+            put_family(&mut attributes, FAMILY, Family::IPv4);
+            put_u16(&mut attributes, PROTOCOL, number);
+            put_address(&mut attributes, ADDRESS, "10.96.0.1".parse().unwrap());
+            put_port(&mut attributes, PORT, 80);
+            let read = Service::parse(&bytes(&nested(SERVICE, &attributes)));
+            assert_eq!(read.unwrap(), None, "{number}");
+        }
     }
 
     #[test]

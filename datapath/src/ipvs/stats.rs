@@ -61,3 +61,39 @@ fn number(attribute: &Attribute<'_>, name: &str) -> Result<u64, Error> {
         attribute.u64(name)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::{DefaultNla, Emitable as _};
+
+    use super::*;
+
+    fn bytes(attributes: &[DefaultNla]) -> Vec<u8> {
+        let mut bytes = vec![0; attributes.buffer_len()];
+        attributes.emit(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn counters_of_both_widths() {
+        let wide = bytes(&[
+            DefaultNla::new(1, u64::MAX.to_ne_bytes().to_vec()),
+            DefaultNla::new(10, 10_u64.to_ne_bytes().to_vec()),
+            DefaultNla::new(11, vec![]),
+        ]);
+        let stats = parse(&wide).unwrap();
+        assert_eq!((stats.connections, stats.byte_rate_out), (u64::MAX, 10));
+        let narrow = bytes(&[
+            DefaultNla::new(2, u32::MAX.to_ne_bytes().to_vec()),
+            DefaultNla::new(4, u64::MAX.to_ne_bytes().to_vec()),
+        ]);
+        let stats = parse(&narrow).unwrap();
+        assert_eq!(
+            (stats.packets_in, stats.bytes_in),
+            (u32::MAX.into(), u64::MAX)
+        );
+        let wrong = bytes(&[DefaultNla::new(5, vec![0; 6])]);
+        let error = parse(&wrong).unwrap_err().to_string();
+        assert!(error.contains("STATS_OUTBYTES has 6 bytes"), "{error}");
+    }
+}

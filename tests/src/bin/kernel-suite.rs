@@ -15,6 +15,7 @@ usage: kernel-suite [OPTIONS] [FILTER ...]
 
   FILTER, --filter FILTER  only tests whose name has FILTER in it
   --exact                  a FILTER is a whole name
+  --without PART           no tests whose name has PART in it
   --group native|ipvs      only tests that need no more of the kernel; or that need IPVS
   --rounds N               run everything N times
   --list                   print names and groups, run nothing
@@ -54,6 +55,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Options>
         };
         match argument.as_str() {
             "--filter" => options.selection.filters.push(value()?),
+            "--without" => options.selection.without.push(value()?),
             "--exact" => options.selection.exact = true,
             "--group" => {
                 options.selection.group = Some(match value()?.as_str() {

@@ -7,14 +7,18 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{anyhow, ensure};
 
 use super::world::{self, Backend};
 use crate::context::Context;
 use crate::netns::Netns;
+use crate::node::Node;
 use crate::pod::Pod;
-use crate::sock::{Request, SILENCE, Seen, Server, TRANSPORTS, Transport, send_all};
+use crate::sock::{Outcome, Request, SILENCE, Seen, Server, TRANSPORTS, Transport, send_all};
 use crate::{dump, wait};
 
 /// The service's own port; its target port; one that is privileged; one of the
@@ -129,4 +133,81 @@ fn reach(
         .filter(|request| seen.contains(&request.word))
         .map(|request| (request.transport, request.to))
         .collect())
+}
+
+/// A process of the node that listens on the very port of a Service is not
+/// reached through its VIP at any moment, while the Service comes and goes and
+/// the agent is killed on the way.
+pub(super) fn no_moment_is_open(context: &mut Context) -> anyhow::Result<()> {
+    const CYCLES: usize = 4;
+    /// Short: what is not answered was dropped or the VIP is not there.
+    const PROBE: Duration = Duration::from_millis(500);
+    let node = world::started_node(context)?;
+    let client = world::outside(context, &node)?;
+    let backend = Backend::create(context, &node, "backend")?;
+    let pod = Pod::added(context, &node, "client")?;
+    let servers = Server::everywhere(node.netns(), "host", 80)?;
+    let slices = world::slices("web", &[&backend.pod])?;
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| -> anyhow::Result<()> {
+        let probes: Vec<_> = [pod.netns(), &client, node.netns()]
+            .into_iter()
+            .flat_map(|from| targets_of(&world::vips(SERVED), 80).map(|target| (from, target)))
+            .map(|(from, (transport, to))| {
+                let done = &done;
+                scope.spawn(move || -> anyhow::Result<usize> {
+                    let mut answered = 0;
+                    while !done.load(Ordering::Relaxed) {
+                        match Request::new(transport, to).send(from, PROBE)? {
+                            Outcome::Answered { .. } => answered += 1,
+                            Outcome::Refused | Outcome::Unreachable | Outcome::TimedOut => {
+                                thread::sleep(Duration::from_millis(5));
+                            }
+                        }
+                    }
+                    Ok(answered)
+                })
+            })
+            .collect();
+        let cycled = (0..CYCLES).try_for_each(|cycle| cycle_once(&node, &slices, cycle));
+        done.store(true, Ordering::Relaxed);
+        let mut answered = 0;
+        for probe in probes {
+            answered += probe.join().map_err(|_| anyhow!("a prober panicked"))??;
+        }
+        cycled?;
+        ensure!(answered > 0, "the probes never met the Service");
+        Ok(())
+    })?;
+    let seen: Vec<Seen> = servers.iter().flat_map(Server::seen).collect();
+    ensure!(seen.is_empty(), "the host's process got {seen:?}");
+    node.check_alive()
+}
+
+/// The Service comes and goes once; in some cycles the agent dies on the way.
+fn cycle_once(node: &Node, slices: &str, cycle: usize) -> anyhow::Result<()> {
+    node.write_manifest("web-slices.yaml", slices)?;
+    node.write_manifest("web.yaml", &world::service("web", SERVED, 80))?;
+    if cycle % 4 == 1 {
+        // While it is being made, with luck; the next agent finds what is there.
+        thread::sleep(Duration::from_millis(120));
+        node.kill9()?;
+        node.start()?;
+    }
+    world::wait_for_ipvs(node, "the Service", |table| table.contains("10.96.0.10:80"))?;
+    node.remove_manifest("web.yaml")?;
+    if cycle % 4 == 3 {
+        thread::sleep(Duration::from_millis(120));
+        node.kill9()?;
+        node.start()?;
+    }
+    world::wait_for_ipvs(node, "its end", |table| !table.contains("10.96.0.10:80"))?;
+    Ok(())
+}
+
+/// One port of each VIP over each transport.
+fn targets_of(ips: &[IpAddr; 2], port: u16) -> [(Transport, SocketAddr); 4] {
+    let [v4, v6] = ips.map(|ip| SocketAddr::new(ip, port));
+    let [a, b] = TRANSPORTS;
+    [(a, v4), (b, v4), (a, v6), (b, v6)]
 }

@@ -33,7 +33,7 @@ pub fn all() -> Vec<Test> {
             library::nothing_is_left_of_a_namespace,
         ),
         native("pods/add-and-del", 5, pods::add_and_del),
-        native("pods/two-hundred-at-once", 15, pods::two_hundred_at_once),
+        native("pods/two-hundred-at-once", 10, pods::two_hundred_at_once),
         native("pods/killed-at-any-step", 10, pods::killed_at_any_step),
         native("pods/del-without-the-agent", 5, pods::del_without_the_agent),
         native(
@@ -63,6 +63,7 @@ pub fn all() -> Vec<Test> {
             15,
             guard::host_ports_hide_behind_vips,
         ),
+        ipvs("guard/no-moment-is-open", 10, guard::no_moment_is_open),
         ipvs(
             "restart/a-killed-agent-is-not-missed",
             10,
