@@ -185,21 +185,24 @@ impl Leases {
     /// file before it asks for a lease, so a file that is still there was not
     /// overtaken by one (see [`queue`]).
     ///
+    /// Whether a lease ended is returned.
+    ///
     /// # Errors
     /// When something could not be written; the file then stays.
     pub(crate) fn release_queued(
         &self,
         attachment: &Attachment,
         file: &Path,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         let mut inner = self.lock();
-        if file.exists() {
-            inner
-                .release(attachment)
-                .map_err(|fault| self.store_error(fault))?;
-            queue::remove(file)?;
+        if !file.exists() {
+            return Ok(false);
         }
-        Ok(())
+        let released = inner
+            .release(attachment)
+            .map_err(|fault| self.store_error(fault))?;
+        queue::remove(file)?;
+        Ok(released)
     }
 
     /// How many attachments have a lease.

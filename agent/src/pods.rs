@@ -93,7 +93,8 @@ impl Pods {
         };
         for (path, attachment) in queued {
             match self.leases.release_queued(&attachment, &path) {
-                Ok(()) => {
+                Ok(false) => {}
+                Ok(true) => {
                     info!(container_id = %attachment.container_id, "address released (queued while the agent was away)");
                 }
                 Err(error) => {

@@ -1,7 +1,7 @@
 //! The only crate that changes the node for services.
 //!
 //! [`Node`] is the kernel of one network namespace: [`Node::open`] prepares it,
-//! [`Node::observe`] says what of ours is there, and [`apply`] carries out
+//! [`Node::observe`] says what of ours is there, and [`apply()`] carries out
 //! changes. What to change is decided elsewhere (`ferrule_model::diff`).
 
 pub mod apply;
