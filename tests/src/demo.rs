@@ -13,8 +13,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 
+use crate::cases::world;
 use crate::context::Context;
-use crate::link::{End, veth};
 use crate::netns::Netns;
 use crate::node::Node;
 use crate::pod::Pod;
@@ -51,7 +51,7 @@ fn show(folder: &Path, teller: &mut Teller<'_, impl Write>) -> anyhow::Result<()
 
     teller.chapter("A node", "a network namespace with the agent in it")?;
     let node = Node::create(&context, "node-a")?;
-    let outside = world_outside(&context, &node)?;
+    let outside = world::outside(&context, &node)?;
     node.write_manifest("node.yaml", NODE)?;
     teller.command("ferrule-agent run --manifests examples --node node-a")?;
     node.start()?;
@@ -115,24 +115,6 @@ fn show(folder: &Path, teller: &mut Teller<'_, impl Write>) -> anyhow::Result<()
     ensure!(cleanup.wait(wait::SETTLED)?.success(), "cleanup failed");
     nothing_left(&node, teller)?;
     teller.title("That is all. `make test` proves it; ARCHITECTURE.md explains it.")
-}
-
-/// A client beyond the node, joined by a link.
-fn world_outside(context: &Context, node: &Node) -> anyhow::Result<Netns> {
-    let outside = context.netns("outside")?;
-    veth(
-        End {
-            namespace: node.netns(),
-            device: "uplink",
-            addresses: &["192.0.2.1/24", "2001:db8::1/64"],
-        },
-        End {
-            namespace: &outside,
-            device: "eth0",
-            addresses: &["192.0.2.2/24", "2001:db8::2/64"],
-        },
-    )?;
-    Ok(outside)
 }
 
 fn add(

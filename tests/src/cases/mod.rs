@@ -14,7 +14,7 @@ mod library;
 mod manifests;
 mod pods;
 mod restart;
-mod world;
+pub(crate) mod world;
 
 /// Every test, in the order in which they run: what others build on comes first.
 #[must_use]

@@ -116,7 +116,7 @@ pub(super) fn started_node(context: &Context) -> anyhow::Result<Node> {
 }
 
 /// A client beyond the node, which knows the way to every VIP and pod.
-pub(super) fn outside(context: &Context, node: &Node) -> anyhow::Result<Netns> {
+pub(crate) fn outside(context: &Context, node: &Node) -> anyhow::Result<Netns> {
     let client = context.netns("outside")?;
     veth(
         End {
