@@ -6,10 +6,12 @@
 //! that never came to be, whose DEL releases it.
 
 use std::net::IpAddr;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ferrule_api::status::RangeStatus;
 use ferrule_api::{PodName, queue};
 use ferrule_model::ipam::{ChooseError, Ledger, PodRange};
 use ferrule_model::names::Attachment;
@@ -29,10 +31,12 @@ const LOCK_RETRY: Duration = Duration::from_millis(50);
 
 /// What is written about a lease.
 #[derive(Debug, Serialize, Deserialize)]
-struct Record {
-    addresses: Vec<IpAddr>,
+pub(crate) struct Record {
+    /// Leased addresses.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// The pod, where the runtime told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pod: Option<PodName>,
+    pub(crate) pod: Option<PodName>,
 }
 
 /// Why a lease could not be given or ended.
@@ -205,6 +209,48 @@ impl Leases {
         Ok(released)
     }
 
+    /// How full each pod range is.
+    pub(crate) fn usage(&self) -> Vec<RangeStatus> {
+        let inner = self.lock();
+        let ranges = inner.ledger.ranges().iter().map(|range| {
+            let leased = inner.ledger.leases().flat_map(|(_, ips)| ips);
+            let used = leased.filter(|ip| range.offers(**ip)).count();
+            let used = u64::try_from(used).unwrap_or(u64::MAX);
+            RangeStatus {
+                range: range.network().to_string(),
+                used,
+                free: u64::from(range.capacity()).saturating_sub(used),
+            }
+        });
+        ranges.collect()
+    }
+
+    /// At most `limit` leases behind the one with the key `after`, each with its key.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or what stands in it is no lease.
+    pub(crate) fn page(
+        &self,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, Attachment, Record)>, LeaseError> {
+        let inner = self.lock();
+        let entries = inner
+            .read_behind(after, limit)
+            .map_err(|fault| self.store_error(fault))?;
+        let parsed = entries.into_iter().map(|(key, value)| {
+            let damaged = |fault| LeaseError::Damaged {
+                path: self.path.clone(),
+                entry: key.clone(),
+                fault,
+            };
+            let attachment = serde_json::from_str(&key).map_err(damaged)?;
+            let record = serde_json::from_str(&value).map_err(damaged)?;
+            Ok((key, attachment, record))
+        });
+        parsed.collect()
+    }
+
     /// How many attachments have a lease.
     pub(crate) fn count(&self) -> usize {
         self.lock().ledger.leases().count()
@@ -212,6 +258,22 @@ impl Leases {
 }
 
 impl Inner {
+    fn read_behind(
+        &self,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, String)>, redb::Error> {
+        let read = self.database.begin_read()?;
+        let table = read.open_table(LEASES)?;
+        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut entries = Vec::new();
+        for entry in table.range::<&str>((start, Bound::Unbounded))?.take(limit) {
+            let (key, value) = entry?;
+            entries.push((key.value().to_owned(), value.value().to_owned()));
+        }
+        Ok(entries)
+    }
+
     fn release(&mut self, attachment: &Attachment) -> Result<bool, redb::Error> {
         let Some(addresses) = self.ledger.lease(attachment).map(<[IpAddr]>::to_vec) else {
             return Ok(false);

@@ -3,14 +3,21 @@
 //!
 //! Facts come from a [`source`], go through `ferrule_model` to what is desired,
 //! and [`reconcile`] brings the kernel there. Beside that, [`server`] answers
-//! the CNI plugin from [`leases`].
+//! the CNI plugin from [`leases`]. [`status`] is another command: it asks a
+//! running agent how it fares.
 
+mod config;
+mod desk;
 mod leases;
+mod links;
+mod metrics;
+mod plan;
 mod pods;
 mod reconcile;
 mod server;
 mod settings;
 mod source;
+mod status;
 mod uplink;
 
 use std::fs;
@@ -27,32 +34,43 @@ use tokio::sync::mpsc;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
+use crate::config::Config;
+use crate::desk::Desk;
 use crate::leases::Leases;
 use crate::pods::Pods;
-use crate::reconcile::Reconciler;
+use crate::reconcile::{Asker, Reconciler};
 use crate::server::Server;
 use crate::settings::{CleanupSettings, Cli, Command, LogFormat, RunSettings};
 
 /// Updates that wait for the reconciler; a source that is faster waits.
 const UPDATES: usize = 16;
 
+/// Questions that wait for the reconciler; who asks more waits.
+const QUERIES: usize = 16;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log(cli.log_format);
+    match cli.command {
+        Command::Run(settings) => in_runtime(cli.log_format, run(settings)),
+        Command::Cleanup(settings) => in_runtime(cli.log_format, cleanup(settings)),
+        Command::Status(settings) => status::run(&settings),
+        Command::Plan(settings) => plan::run(&settings),
+    }
+}
+
+/// Runs a command that touches the node: with its log and a runtime.
+fn in_runtime(
+    log_format: LogFormat,
+    command: impl Future<Output = anyhow::Result<()>>,
+) -> ExitCode {
+    start_log(log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build();
     let outcome = runtime
         .context("cannot start the runtime")
-        .and_then(|runtime| {
-            runtime.block_on(async {
-                match cli.command {
-                    Command::Run(settings) => run(settings).await,
-                    Command::Cleanup(settings) => cleanup(settings).await,
-                }
-            })
-        });
+        .and_then(|runtime| runtime.block_on(command));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -78,6 +96,7 @@ fn start_log(format: LogFormat) {
 async fn run(settings: RunSettings) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let config = Config::read(settings.config.as_deref())?;
     make_private_folder(&settings.state_dir)?;
     let leases = Leases::open(&settings.state_dir.join("leases.redb"))?;
     info!(leases = leases.count(), node = settings.node, "starting");
@@ -94,11 +113,20 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
     let pods = Arc::new(Pods::new(leases, settings.state_dir.clone(), mtu));
     let (sender, updates) = mpsc::channel(UPDATES);
     let source = tokio::spawn(source::watch::run(settings.manifests.clone(), sender));
-    let reconciler = Reconciler::new(settings.node.clone(), node_settings, Arc::clone(&pods));
-    let reconciler = tokio::spawn(reconciler.run(updates));
+    let reconciler = Reconciler::new(
+        &settings.node,
+        node_settings,
+        &config,
+        Arc::clone(&pods),
+        format!("manifests in {}", settings.manifests.display()),
+    );
+    let (asker, queries) = mpsc::channel(QUERIES);
+    let reconciler = tokio::spawn(reconciler.run(updates, queries));
+    let desk = Arc::new(Desk::new(Arc::clone(&pods), Asker::new(asker)));
+    tokio::spawn(metrics::serve(settings.metrics.0, Arc::clone(&desk)));
     let queue = tokio::spawn(Arc::clone(&pods).drain_queue());
     tokio::select! {
-        () = server.serve(pods) => {}
+        () = server.serve(desk) => {}
         _ = terminate.recv() => info!("asked to stop; services and pods stay as they are"),
         _ = interrupt.recv() => info!("asked to stop; services and pods stay as they are"),
         result = source => result.context("the source of manifests ended")?,

@@ -1,22 +1,29 @@
 //! What the plugin asks for: addresses of pods.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use ferrule_api::{Allocation, Answer, Call, CallError, ErrorCode, PodName, queue};
+use ferrule_api::status::{MAX_ROWS, PodRow, PodRows, cut};
+use ferrule_api::{Allocation, Answer, Call, CallError, ErrorCode, MAX_LINE, PodName, queue};
 use ferrule_model::address::Family;
 use ferrule_model::ipam::ChooseError;
 use ferrule_model::names::Attachment;
+use ferrule_model::ownership::host_veth_name;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use tracing::{error, info, warn};
 
-use crate::leases::{LeaseError, Leases};
+use crate::leases::{LeaseError, Leases, Record};
+use crate::links::Counters;
 
 /// Time between two looks at the queue of releases; a release in it only holds an address back.
 const QUEUE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Bytes of a reply that rows of a listing may take; the rest is what stands around them.
+const ROOM: usize = MAX_LINE - 4096;
 
 /// Answers calls about pods.
 #[derive(Debug)]
@@ -44,6 +51,10 @@ impl Pods {
         let answer = tokio::task::spawn_blocking(move || match call {
             Call::Allocate { attachment, pod } => self.allocate(&attachment, pod),
             Call::Release { attachment } => self.release(&attachment),
+            Call::Status | Call::Frontends { .. } | Call::Pods { .. } => Err(CallError {
+                code: ErrorCode::Internal,
+                message: "the call is not about a pod".to_owned(),
+            }),
         });
         match answer.await {
             Ok(Ok(answer)) => answer,
@@ -56,6 +67,45 @@ impl Pods {
                 })
             }
         }
+    }
+
+    /// A part of the list of pods, with what passed through each.
+    pub(crate) async fn rows(
+        self: Arc<Self>,
+        after: Option<String>,
+        counters: BTreeMap<String, Counters>,
+    ) -> Answer {
+        let page = tokio::task::spawn_blocking(move || {
+            let limit = usize::try_from(MAX_ROWS).unwrap_or(usize::MAX);
+            // One more than fits says whether there is another part.
+            self.leases.page(after.as_deref(), limit + 1)
+        });
+        let leases = match page.await {
+            Ok(Ok(leases)) => leases,
+            Ok(Err(error)) => return Answer::Error(call_error(&error)),
+            Err(error) => {
+                error!(%error, "a call did not come to its end");
+                return Answer::Error(CallError {
+                    code: ErrorCode::Internal,
+                    message: "the agent failed to answer; see its log".to_owned(),
+                });
+            }
+        };
+        let limit = usize::try_from(MAX_ROWS).unwrap_or(usize::MAX);
+        let mut page = PodRows::default();
+        let (mut room, mut last) = (ROOM, None);
+        for (key, attachment, record) in leases {
+            let row = row(&attachment, record, &counters);
+            let size = serde_json::to_vec(&row).map_or(0, |row| row.len() + 1);
+            if page.rows.len() == limit || size > room {
+                page.next = last;
+                break;
+            }
+            room -= size;
+            page.rows.push(row);
+            last = Some(key);
+        }
+        Answer::Pods(page)
     }
 
     fn allocate(&self, attachment: &Attachment, pod: Option<PodName>) -> Result<Answer, CallError> {
@@ -113,6 +163,28 @@ impl Pods {
             }
             tokio::time::sleep(QUEUE_INTERVAL).await;
         }
+    }
+}
+
+fn row(attachment: &Attachment, record: Record, counters: &BTreeMap<String, Counters>) -> PodRow {
+    let device = host_veth_name(attachment).to_string();
+    let counted = counters.get(&device);
+    let mut pod = record
+        .pod
+        .map(|pod| format!("{}/{}", pod.namespace, pod.name))
+        .unwrap_or_default();
+    // The runtime told it, nobody checked it.
+    cut(&mut pod);
+    PodRow {
+        pod,
+        container_id: attachment.container_id.to_string(),
+        interface: attachment.interface.to_string(),
+        addresses: record.addresses.iter().map(ToString::to_string).collect(),
+        host_interface: counted.map(|_| device).unwrap_or_default(),
+        packets_in: counted.map_or(0, |c| c.packets_in),
+        packets_out: counted.map_or(0, |c| c.packets_out),
+        bytes_in: counted.map_or(0, |c| c.bytes_in),
+        bytes_out: counted.map_or(0, |c| c.bytes_out),
     }
 }
 

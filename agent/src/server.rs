@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use ferrule_api::status::cut;
 use ferrule_api::{Answer, CallError, ErrorCode, MAX_LINE, Reply, Request, VERSION};
 use rustix::fs::Mode;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -20,10 +21,11 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-use crate::pods::Pods;
+use crate::desk::Desk;
 
-/// Connections that are served at the same time; kubelet starts hundreds of pods at once.
-const MAX_CONNECTIONS: usize = 1024;
+/// Connections that are served at the same time; kubelet starts hundreds of pods at once. Far fewer
+/// than the usual limit of 1,024 descriptors, of which the agent needs some for itself.
+const MAX_CONNECTIONS: usize = 512;
 
 /// How long a client may take for a line, and for taking the answer.
 const LINE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -70,7 +72,7 @@ impl Server {
     }
 
     /// Serves until it is dropped.
-    pub(crate) async fn serve(&self, pods: Arc<Pods>) {
+    pub(crate) async fn serve(&self, desk: Arc<Desk>) {
         info!(socket = %self.path.display(), "listening");
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
@@ -79,9 +81,9 @@ impl Server {
             };
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    let pods = Arc::clone(&pods);
+                    let desk = Arc::clone(&desk);
                     tokio::spawn(async move {
-                        if let Err(error) = connection(stream, &pods).await {
+                        if let Err(error) = connection(stream, &desk).await {
                             debug!(error = format!("{error:#}"), "connection ended");
                         }
                         drop(place);
@@ -103,7 +105,7 @@ impl Drop for Server {
     }
 }
 
-async fn connection(stream: UnixStream, pods: &Arc<Pods>) -> anyhow::Result<()> {
+async fn connection(stream: UnixStream, desk: &Desk) -> anyhow::Result<()> {
     let peer = stream.peer_cred().context("SO_PEERCRED")?;
     let own = rustix::process::geteuid().as_raw();
     if peer.uid() != 0 && peer.uid() != own {
@@ -112,23 +114,33 @@ async fn connection(stream: UnixStream, pods: &Arc<Pods>) -> anyhow::Result<()> 
             pid = peer.pid(),
             "connection refused: not root"
         );
+        desk.note_refused_connection();
         return Ok(());
     }
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
     loop {
-        let line = match timeout(LINE_TIMEOUT, read_line(&mut read)).await {
-            Ok(line) => line?,
-            Err(_) => bail!("no request within {LINE_TIMEOUT:?}"),
+        let Ok(line) = timeout(LINE_TIMEOUT, read_line(&mut read)).await else {
+            desk.note_bad_request();
+            bail!("no request within {LINE_TIMEOUT:?}");
         };
-        let Some(line) = line else {
+        let Some(line) = line? else {
             return Ok(());
         };
         let (answer, go_on) = match parse(&line) {
-            Ok(request) => (Arc::clone(pods).call(request.call).await, true),
-            Err(error) => (Answer::Error(error), false),
+            Ok(request) => (desk.call(request.call).await, true),
+            Err(error) => {
+                desk.note_bad_request();
+                (Answer::Error(error), false)
+            }
         };
-        let reply = ferrule_api::encode(&Reply::new(answer))?;
+        let reply = ferrule_api::encode(&Reply::new(answer)).or_else(|error| {
+            warn!(%error, "an answer does not fit a line");
+            ferrule_api::encode(&Reply::new(Answer::Error(CallError {
+                code: ErrorCode::Internal,
+                message: error.to_string(),
+            })))
+        })?;
         timeout(LINE_TIMEOUT, write.write_all(&reply)).await??;
         if !go_on {
             return Ok(());
@@ -147,9 +159,13 @@ async fn read_line(
 }
 
 fn parse(line: &[u8]) -> Result<Request, CallError> {
-    let bad = |message: String| CallError {
-        code: ErrorCode::BadRequest,
-        message,
+    let bad = |mut message: String| {
+        // It quotes what came, and that may be as long as a line.
+        cut(&mut message);
+        CallError {
+            code: ErrorCode::BadRequest,
+            message,
+        }
     };
     if line.last() != Some(&b'\n') {
         return Err(bad(format!(
@@ -179,6 +195,8 @@ mod tests {
 
     use super::*;
     use crate::leases::Leases;
+    use crate::pods::Pods;
+    use crate::reconcile::Asker;
 
     struct Fixture {
         dir: TempDir,
@@ -199,7 +217,9 @@ mod tests {
                 .unwrap();
             let path = dir.path().join("agent.sock");
             let server = runtime.block_on(async { Server::bind(&path).unwrap() });
-            runtime.spawn(async move { server.serve(pods).await });
+            let (queries, _nobody_answers) = tokio::sync::mpsc::channel(1);
+            let desk = Arc::new(Desk::new(pods, Asker::new(queries)));
+            runtime.spawn(async move { server.serve(desk).await });
             Self {
                 dir,
                 _runtime: runtime,

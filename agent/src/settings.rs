@@ -1,6 +1,8 @@
 //! The command line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ferrule_api::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
@@ -41,6 +43,39 @@ pub(crate) enum Command {
     Run(RunSettings),
     /// Remove the services, VIPs and the guard of this node, and nothing that is not ours.
     Cleanup(CleanupSettings),
+    /// Show how the agent of this node fares; exits with 0 when healthy, 1 when degraded, 2 without an answer.
+    Status(StatusSettings),
+    /// Show what a node would program, from manifests alone: without root, without touching a kernel.
+    Plan(PlanSettings),
+}
+
+/// Settings of `plan`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PlanSettings {
+    /// Folder with Kubernetes manifests, YAML or JSON.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) manifests: PathBuf,
+    /// Name of the node.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node: String,
+    /// Configuration file of the agent.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Show what would change if the manifests were those of another folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) diff: Option<PathBuf>,
+    /// How it is shown.
+    #[arg(long, short, value_enum, default_value = "json")]
+    pub(crate) output: PlanOutput,
+}
+
+/// How a plan is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PlanOutput {
+    /// For programs and reviews; docs/plan.md describes it.
+    Json,
+    /// For people.
+    Table,
 }
 
 /// Settings of `run`.
@@ -52,6 +87,12 @@ pub(crate) struct RunSettings {
     /// Name of this node, as its Node object has it.
     #[arg(long, value_name = "NAME")]
     pub(crate) node: String,
+    /// Configuration file; without one everything has its default (docs/configuration.md).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Where metrics are served over HTTP, at /metrics; `none` turns it off.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:10249", value_parser = listen_address)]
+    pub(crate) metrics: ListenAddress,
     /// Where leases are kept; must survive a restart of the node.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
     pub(crate) state_dir: PathBuf,
@@ -72,6 +113,68 @@ pub(crate) struct CleanupSettings {
     pub(crate) node_settings: NodeSettings,
 }
 
+/// Settings of `status`.
+///
+/// They hold for its listings too, and may stand before or behind their names.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct StatusSettings {
+    /// Where the agent listens.
+    #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    pub(crate) socket: PathBuf,
+    /// How it is shown.
+    #[arg(long, short, global = true, value_enum, default_value = "text")]
+    pub(crate) output: Output,
+    /// Whether text is coloured; auto: on a terminal, unless `NO_COLOR` is set.
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value = "auto",
+        value_name = "WHEN"
+    )]
+    pub(crate) color: ColorChoice,
+    /// A list instead of the whole.
+    #[command(subcommand)]
+    pub(crate) listing: Option<Listing>,
+}
+
+/// Lists that `status` can show.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum Listing {
+    /// List the frontends of Services, and what passes through each.
+    Services(ListingSettings),
+    /// List the interfaces of pods, and what passes through each.
+    Pods(ListingSettings),
+}
+
+/// Settings of a listing.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ListingSettings {
+    /// Time between the two looks from which rates are told; 0 looks once and tells totals.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+    pub(crate) interval: Duration,
+}
+
+/// How `status` shows what it was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    Text,
+    /// For programs; docs/status.md names the fields.
+    Json,
+}
+
+/// When text is coloured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ColorChoice {
+    /// On a terminal, unless `NO_COLOR` is set.
+    Auto,
+    /// Also into a pipe.
+    Always,
+    /// Not even on a terminal.
+    Never,
+}
+
 /// How our things in the kernel are called.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct NodeSettings {
@@ -89,8 +192,35 @@ pub(crate) struct NodeSettings {
     no_load_modules: bool,
 }
 
+/// Where something is served, if anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ListenAddress(pub(crate) Option<SocketAddr>);
+
+fn listen_address(text: &str) -> Result<ListenAddress, String> {
+    if text == "none" {
+        return Ok(ListenAddress(None));
+    }
+    text.parse()
+        .map(|address| ListenAddress(Some(address)))
+        .map_err(|_| {
+            format!("{text:?} is no address with a port, such as 127.0.0.1:10249, nor `none`")
+        })
+}
+
 fn if_name(text: &str) -> Result<IfName, NameError> {
     IfName::try_from(text.to_owned())
+}
+
+/// Longest time between two looks, in seconds.
+const MAX_INTERVAL: f64 = 3600.0;
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("give seconds from 0 to {MAX_INTERVAL}, such as 0.5");
+    let seconds: f64 = text.parse().map_err(|_| wrong())?;
+    if !(0.0..=MAX_INTERVAL).contains(&seconds) {
+        return Err(wrong());
+    }
+    Duration::try_from_secs_f64(seconds).map_err(|_| wrong())
 }
 
 impl From<NodeSettings> for ferrule_datapath::Settings {

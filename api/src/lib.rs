@@ -11,6 +11,7 @@
 mod client;
 mod line;
 pub mod queue;
+pub mod status;
 
 use std::net::IpAddr;
 
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use client::{Client, ClientError};
 pub use line::{FrameError, decode, encode};
+use status::{FrontendRows, PodRows, Status};
 
 /// Version of the protocol. It rises when a change is not understood by the
 /// other side; fields that may be left out do not raise it.
@@ -78,19 +80,50 @@ pub enum Call {
         /// Whose lease ends.
         attachment: Attachment,
     },
+    /// How the node fares.
+    Status,
+    /// A part of the list of frontends.
+    Frontends {
+        /// [`FrontendRows::next`] of the part before; absent for the first.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
+    },
+    /// A part of the list of pods.
+    Pods {
+        /// [`PodRows::next`] of the part before; absent for the first.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
+    },
 }
 
 /// Namespace and name of a pod, as a runtime passes them in `CNI_ARGS`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodName {
     /// `K8S_POD_NAMESPACE`.
+    #[serde(deserialize_with = "bounded_name")]
     pub namespace: String,
     /// `K8S_POD_NAME`.
+    #[serde(deserialize_with = "bounded_name")]
     pub name: String,
 }
 
+/// Longest name of a pod or namespace, in bytes (RFC 1123 subdomain).
+const MAX_NAME: usize = 253;
+
+/// A name is kept on disk for as long as the lease.
+fn bounded_name<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    if name.len() <= MAX_NAME {
+        return Ok(name);
+    }
+    Err(serde::de::Error::custom(format!(
+        "a name of {} bytes; names of Kubernetes have {MAX_NAME} at most",
+        name.len()
+    )))
+}
+
 /// A line from agent to client.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
     /// [`VERSION`] of the agent.
     pub version: u32,
@@ -111,13 +144,19 @@ impl Reply {
 }
 
 /// What an agent can answer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "camelCase")]
 pub enum Answer {
     /// To [`Call::Allocate`]; the lease is on disk.
     Allocated(Allocation),
     /// To [`Call::Release`]; the release is on disk.
     Released,
+    /// To [`Call::Status`].
+    Status(Box<Status>),
+    /// To [`Call::Frontends`].
+    Frontends(FrontendRows),
+    /// To [`Call::Pods`].
+    Pods(PodRows),
     /// The call failed and changed nothing.
     Error(CallError),
 }

@@ -130,7 +130,9 @@ pub(crate) fn allocate(
             code: error.code,
             message: error.message,
         }),
-        Answer::Released => Err(nonsense("a release was not asked for".to_owned())),
+        Answer::Released | Answer::Status(_) | Answer::Frontends(_) | Answer::Pods(_) => {
+            Err(nonsense("it answers another call".to_owned()))
+        }
     }
 }
 
@@ -193,7 +195,9 @@ pub(crate) fn release(config: &Config, attachment: &Attachment) -> Result<Releas
     let reason = match ask_to_release(config, attachment) {
         Ok(Answer::Released) => return Ok(Released::ByAgent),
         Ok(Answer::Error(error)) => error.message,
-        Ok(Answer::Allocated(_)) => "the agent answered another call".to_owned(),
+        Ok(Answer::Allocated(_) | Answer::Status(_) | Answer::Frontends(_) | Answer::Pods(_)) => {
+            "the agent answered another call".to_owned()
+        }
         Err(error) => error.to_string(),
     };
     match queue::push(&config.state_dir, attachment) {

@@ -37,6 +37,18 @@ impl ChangeError {
         }
     }
 
+    /// The kernel lacked what the change builds on, or had what it was to make.
+    #[must_use]
+    pub fn is_contradiction(&self) -> bool {
+        self.contradiction
+    }
+
+    /// The kernel's error number, where it gave one.
+    #[must_use]
+    pub fn errno(&self) -> Option<rustix::io::Errno> {
+        self.source.errno()
+    }
+
     /// What is known of the kernel is in doubt: observe it before going on.
     #[must_use]
     pub fn leaves_doubt(&self) -> bool {
@@ -116,7 +128,10 @@ impl Broken {
                 self.occupied.insert(frontend.ip);
                 self.frontends.insert(*frontend);
             }
-            Change::AllowFrontend(frontend) | Change::AddService(frontend, _) => {
+            Change::AllowFrontend(frontend)
+            | Change::AddExternal(frontend)
+            | Change::RemoveExternal(frontend)
+            | Change::AddService(frontend, _) => {
                 self.frontends.insert(*frontend);
             }
             Change::UnbindVip(ip)
@@ -125,7 +140,10 @@ impl Broken {
             | Change::BindVip(ip) => {
                 self.vips.insert(*ip);
             }
-            Change::UpdateService(..)
+            // A backend that cannot call itself is better than one that nobody can call.
+            Change::AddHairpin(_)
+            | Change::RemoveHairpin(_)
+            | Change::UpdateService(..)
             | Change::AddServer(..)
             | Change::UpdateServer(..)
             | Change::RemoveServer(..) => {}
@@ -140,16 +158,20 @@ impl Broken {
             Change::GuardVip(ip) | Change::BindVip(ip) => self.vips.contains(ip),
             Change::RemoveService(frontend)
             | Change::DisallowFrontend(frontend)
+            | Change::RemoveExternal(frontend)
             | Change::AllowFrontend(frontend)
+            | Change::AddExternal(frontend)
             | Change::AddService(frontend, _)
             | Change::AddServer(frontend, ..) => {
                 self.frontends.contains(frontend) || self.vips.contains(&frontend.ip)
             }
             // These build on nothing that the same pass makes. A backend that is dead or drains
             // must go whatever else fails, or its share of the connections is lost.
-            Change::UpdateService(..) | Change::UpdateServer(..) | Change::RemoveServer(..) => {
-                false
-            }
+            Change::AddHairpin(_)
+            | Change::RemoveHairpin(_)
+            | Change::UpdateService(..)
+            | Change::UpdateServer(..)
+            | Change::RemoveServer(..) => false,
         }
     }
 }
@@ -174,7 +196,9 @@ mod tests {
             changes.extend([
                 Change::RemoveService(addr),
                 Change::DisallowFrontend(addr),
+                Change::RemoveExternal(addr),
                 Change::AllowFrontend(addr),
+                Change::AddExternal(addr),
                 Change::AddService(addr, how()),
                 Change::UpdateService(addr, how()),
                 Change::AddServer(addr, backend, 1),
@@ -187,6 +211,8 @@ mod tests {
             Change::UnguardVip(ip),
             Change::GuardVip(ip),
             Change::BindVip(ip),
+            Change::AddHairpin(backend.ip),
+            Change::RemoveHairpin(backend.ip),
         ]);
         changes.sort();
         changes
@@ -215,18 +241,22 @@ mod tests {
             writeln!(table, "{}: {}", short(failed), held.join(" ")).unwrap();
         }
         expect_test::expect![[r"
-            RemoveService:80: DisallowFrontend:80 UnbindVip UnguardVip AllowFrontend:80 AddService:80 AddServer:80
-            DisallowFrontend:80: UnbindVip UnguardVip AllowFrontend:80 AddService:80 AddServer:80
-            UnbindVip: UnguardVip GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            UnguardVip: GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            GuardVip: BindVip AllowFrontend:80 AllowFrontend:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            BindVip: AllowFrontend:80 AllowFrontend:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            AllowFrontend:80: AddService:80 AddServer:80
+            RemoveService:80: DisallowFrontend:80 UnbindVip UnguardVip AllowFrontend:80 AddExternal:80 RemoveExternal:80 AddService:80 AddServer:80
+            DisallowFrontend:80: UnbindVip UnguardVip AllowFrontend:80 AddExternal:80 RemoveExternal:80 AddService:80 AddServer:80
+            UnbindVip: UnguardVip GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            UnguardVip: GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            GuardVip: BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            BindVip: AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            AllowFrontend:80: AddExternal:80 RemoveExternal:80 AddService:80 AddServer:80
+            AddExternal:80: RemoveExternal:80 AddService:80 AddServer:80
+            RemoveExternal:80: AddService:80 AddServer:80
+            AddHairpin: 
             AddService:80: AddServer:80
             UpdateService:80: 
             AddServer:80: 
             UpdateServer:80: 
             RemoveServer:80: 
+            RemoveHairpin: 
         "]].assert_eq(&table);
     }
 }

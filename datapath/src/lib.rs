@@ -5,14 +5,17 @@
 //! changes. What to change is decided elsewhere (`ferrule_model::diff`).
 
 pub mod apply;
+mod audit;
 pub mod filter;
 pub mod ipvs;
 mod modules;
 mod node;
+pub mod routes;
 mod sysctl;
 pub mod vip;
 
 pub use apply::{Applied, ChangeError, Kernel, apply};
+pub use audit::FilterDrift;
 pub use ferrule_netlink::Error;
 pub use node::{CleanupError, Node, ObserveError, OpenError, Settings, cleanup};
 pub use sysctl::{SysctlError, ensure_forwarding};

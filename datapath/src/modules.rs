@@ -8,8 +8,20 @@ use tokio::process::Command;
 use tokio::time::timeout;
 use tracing::debug;
 
-/// What services need, and what for.
-const MODULES: [&str; 4] = ["ip_vs", "ip_vs_rr", "nf_conntrack", "dummy"];
+/// What services need. The kernel would load those of nftables by itself, one after the other while
+/// a ruleset is loaded, which it begins anew after each: on a cold machine that takes a minute.
+const MODULES: [&str; 10] = [
+    "ip_vs",
+    "ip_vs_rr",
+    "nf_conntrack",
+    "dummy",
+    "nf_tables",
+    "nft_ct",
+    "nft_chain_nat",
+    "nft_masq",
+    "nft_reject_inet",
+    "nft_fib_inet",
+];
 
 /// Where distributions have the program; the agent's PATH may be empty.
 const PROGRAMS: [&str; 3] = ["/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe"];

@@ -1,27 +1,30 @@
 //! The kernel of one node: opened, observed, changed, cleaned.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use ferrule_model::address::FrontendAddr;
+use ferrule_model::address::{BackendAddr, FrontendAddr};
 use ferrule_model::change::Change;
 use ferrule_model::names::IfName;
 use ferrule_model::observed::Observed;
 use ferrule_model::ownership::owns_virtual_service;
 use ferrule_model::service::{Scheduler, Scheduling, VirtualService, Weight};
-use ferrule_netlink::Error;
+use ferrule_model::source_nat::SourceNat;
+use ferrule_netlink::{Error, Protocol, Socket};
 use rustix::io::Errno;
 use tracing::{info, warn};
 
 use crate::apply::{ChangeError, Kernel};
+use crate::audit::load_filter;
 use crate::filter::{self, Element, Elements, RulesetError};
 use crate::ipvs::{
     self, ForwardMethod, Order, RealServer, ServerSettings, Service, ServiceFlags, ServiceKey,
     ServiceSettings,
 };
 use crate::modules;
+use crate::routes::{NodeRoute, Routes};
 use crate::sysctl::{self, SysctlError};
 use crate::vip::{DeviceError, VipDevice};
 
@@ -63,9 +66,17 @@ pub enum OpenError {
     /// The VIP device.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The guard.
+    /// The guard and source NAT.
     #[error(transparent)]
     Ruleset(#[from] RulesetError),
+    /// The table that was loaded could not be read back.
+    #[error("cannot read nftables table {table} back: {source}")]
+    ReadBack {
+        /// Its name.
+        table: String,
+        /// Why.
+        source: Error,
+    },
     /// A sysctl.
     #[error(transparent)]
     Sysctl(#[from] SysctlError),
@@ -80,7 +91,7 @@ pub struct ObserveError {
 }
 
 impl ObserveError {
-    fn of(what: impl Into<String>) -> impl FnOnce(Error) -> Self {
+    pub(crate) fn of(what: impl Into<String>) -> impl FnOnce(Error) -> Self {
         let what = what.into();
         move |source| Self { what, source }
     }
@@ -99,18 +110,26 @@ impl fmt::Display for CleanupError {
 /// The kernel of one network namespace.
 #[derive(Debug)]
 pub struct Node {
-    ipvs: ipvs::Client,
-    elements: Elements,
-    device: VipDevice,
+    pub(crate) settings: Settings,
+    pub(crate) ipvs: ipvs::Client,
+    pub(crate) elements: Elements,
+    pub(crate) device: VipDevice,
+    /// Asks about the table, so that it never waits for elements.
+    pub(crate) netfilter: Socket,
+    pub(crate) nat: SourceNat,
+    /// What the table was like after we loaded it.
+    pub(crate) fingerprint: [u8; 32],
+    /// Generation of the kernel's ruleset when the table was last compared.
+    pub(crate) generation: Option<u32>,
 }
 
 impl Node {
     /// Prepares the kernel of the calling thread's network namespace: modules,
-    /// sysctls, the VIP device, the guard. Idempotent.
+    /// sysctls, the VIP device, the guard and source NAT. Idempotent.
     ///
     /// # Errors
     /// [`OpenError`]; what was prepared stays and does no harm.
-    pub async fn open(settings: Settings) -> Result<Self, OpenError> {
+    pub async fn open(settings: Settings, nat: SourceNat) -> Result<Self, OpenError> {
         if settings.load_modules {
             let missing = modules::load().await;
             if !missing.is_empty() {
@@ -129,11 +148,17 @@ impl Node {
         })?;
         sysctl::ensure_forwarding(&settings.sysctl_root)?;
         sysctl::ensure_services(&settings.sysctl_root)?;
-        filter::load(&settings.nft_program, &settings.nft_table).await?;
+        let netfilter = Socket::open(Protocol::Netfilter).map_err(OpenError::Socket)?;
+        let fingerprint = load_filter(&settings, &netfilter, &nat).await?;
         Ok(Self {
             ipvs,
             elements: Elements::open(&settings.nft_table).map_err(OpenError::Socket)?,
             device: VipDevice::ensure(&settings.vip_device).await?,
+            netfilter,
+            nat,
+            fingerprint,
+            generation: None,
+            settings,
         })
     }
 
@@ -143,35 +168,104 @@ impl Node {
     /// [`ObserveError`]; what is returned is complete.
     pub async fn observe(&self) -> Result<Observed, ObserveError> {
         let mut observed = Observed::default();
+        self.observe_filter(&mut observed).await?;
+        observed.bound = self.observe_vips().await?;
+        for (addr, scheduling) in self.observe_services(&observed).await? {
+            let servers = self.observe_servers(&addr).await?;
+            let service = VirtualService {
+                scheduling,
+                servers,
+            };
+            observed.services.insert(addr, service);
+        }
+        Ok(observed)
+    }
+
+    /// Reads the elements of our sets into `observed`, in the place of what was there.
+    ///
+    /// # Errors
+    /// [`ObserveError`]; `observed` is not touched then.
+    pub async fn observe_filter(&self, observed: &mut Observed) -> Result<(), ObserveError> {
         let elements = self.elements.list().await;
-        for element in elements.map_err(ObserveError::of("the guard's sets"))? {
+        let elements = elements.map_err(ObserveError::of("the elements of our nftables sets"))?;
+        observed.guarded.clear();
+        observed.allowed.clear();
+        observed.external.clear();
+        observed.hairpins.clear();
+        for element in elements {
             match element {
                 Element::Vip(ip) => observed.guarded.insert(ip),
                 Element::Frontend(addr) => observed.allowed.insert(addr),
+                Element::External(addr) => observed.external.insert(addr),
+                Element::Hairpin(ip) => observed.hairpins.insert(ip),
             };
         }
+        Ok(())
+    }
+
+    /// The addresses on the VIP device.
+    ///
+    /// # Errors
+    /// [`ObserveError`]; what is returned is complete.
+    pub async fn observe_vips(&self) -> Result<BTreeSet<IpAddr>, ObserveError> {
         let device = format!("the addresses of {}", self.device.name());
         let addresses = self.device.addresses().await;
-        observed.bound = addresses.map_err(ObserveError::of(device))?;
+        addresses.map_err(ObserveError::of(device))
+    }
+
+    /// Our virtual services without their real servers; `observed` has the proof
+    /// which ones are ours.
+    ///
+    /// # Errors
+    /// [`ObserveError`]; what is returned is complete.
+    pub async fn observe_services(
+        &self,
+        observed: &Observed,
+    ) -> Result<BTreeMap<FrontendAddr, Scheduling>, ObserveError> {
         let vips: BTreeSet<IpAddr> = &observed.guarded | &observed.bound;
         let services = self.ipvs.services().await;
-        for service in services.map_err(ObserveError::of("virtual services"))? {
-            let ServiceKey::Address(addr) = service.key else {
-                // By firewall mark: never ours.
-                continue;
-            };
-            if !owns_virtual_service(&addr, &vips) {
-                continue;
+        let services = services.map_err(ObserveError::of("virtual services"))?;
+        let ours = services.iter().filter_map(|service| match service.key {
+            ServiceKey::Address(addr) if owns_virtual_service(&addr, &vips, &observed.external) => {
+                Some((addr, scheduling(service)))
             }
-            let servers = self.ipvs.servers(&service.key).await;
-            let servers = servers.map_err(ObserveError::of(format!("real servers of {addr}")))?;
-            let virtual_service = VirtualService {
-                scheduling: scheduling(&service),
-                servers: servers.iter().map(|s| (s.addr, weight(s))).collect(),
-            };
-            observed.services.insert(addr, virtual_service);
+            // By firewall mark: never ours.
+            ServiceKey::Address(_) | ServiceKey::Mark { .. } => None,
+        });
+        Ok(ours.collect())
+    }
+
+    /// The real servers of a virtual service; none if there is no such service.
+    ///
+    /// # Errors
+    /// [`ObserveError`]; what is returned is complete.
+    pub async fn observe_servers(
+        &self,
+        addr: &FrontendAddr,
+    ) -> Result<BTreeMap<BackendAddr, Weight>, ObserveError> {
+        match self.ipvs.servers(&ServiceKey::Address(*addr)).await {
+            Ok(servers) => Ok(servers.iter().map(|s| (s.addr, weight(s))).collect()),
+            Err(error) if error.is_not_found() => Ok(BTreeMap::new()),
+            Err(error) => Err(ObserveError::of(format!("real servers of {addr}"))(error)),
         }
-        Ok(observed)
+    }
+
+    /// Counters of our virtual services, for listings.
+    ///
+    /// # Errors
+    /// [`ObserveError`].
+    pub async fn service_statistics(
+        &self,
+    ) -> Result<BTreeMap<FrontendAddr, ipvs::Stats>, ObserveError> {
+        let services = self.ipvs.services().await;
+        let services = services.map_err(ObserveError::of("virtual services"))?;
+        let by_address = services
+            .into_iter()
+            .filter_map(|service| match service.key {
+                ServiceKey::Address(addr) => Some((addr, service.stats)),
+                ServiceKey::Mark { .. } => None,
+            });
+        Ok(by_address.collect())
     }
 
     async fn orders(&self, orders: Vec<Order>) -> Vec<Result<(), Error>> {
@@ -257,6 +351,12 @@ impl Run {
         match change {
             Change::UnbindVip(ip) | Change::BindVip(ip) => self.ips.push(*ip),
             Change::UnguardVip(ip) | Change::GuardVip(ip) => self.elements.push(Element::Vip(*ip)),
+            Change::AddHairpin(ip) | Change::RemoveHairpin(ip) => {
+                self.elements.push(Element::Hairpin(*ip));
+            }
+            Change::AddExternal(addr) | Change::RemoveExternal(addr) => {
+                self.elements.push(Element::External(*addr));
+            }
             Change::DisallowFrontend(addr) | Change::AllowFrontend(addr) => {
                 self.elements.push(Element::Frontend(*addr));
             }
@@ -299,12 +399,16 @@ impl Kernel for Node {
         let (results, gone) = match kind {
             Change::UnbindVip(_) => (self.device.unbind(&run.ips).await, Gone::Fine),
             Change::BindVip(_) => (self.device.bind(&run.ips).await, Gone::Contradicts),
-            Change::UnguardVip(_) | Change::DisallowFrontend(_) => {
+            Change::UnguardVip(_)
+            | Change::DisallowFrontend(_)
+            | Change::RemoveExternal(_)
+            | Change::RemoveHairpin(_) => {
                 (self.elements.remove(&run.elements).await, Gone::Contradicts)
             }
-            Change::GuardVip(_) | Change::AllowFrontend(_) => {
-                (self.elements.add(&run.elements).await, Gone::Contradicts)
-            }
+            Change::GuardVip(_)
+            | Change::AllowFrontend(_)
+            | Change::AddExternal(_)
+            | Change::AddHairpin(_) => (self.elements.add(&run.elements).await, Gone::Contradicts),
             Change::RemoveService(_) | Change::RemoveServer(..) => {
                 (self.orders(run.first).await, Gone::Fine)
             }
@@ -400,7 +504,8 @@ fn weight(server: &RealServer) -> Weight {
 }
 
 /// Removes what is ours from the calling thread's network namespace: virtual
-/// services on our VIPs, the VIP device, our nftables table; nothing else.
+/// services on our VIPs and node ports, the VIP device, our nftables table, routes
+/// to other nodes' pods; nothing else.
 ///
 /// # Errors
 /// Everything that could not be removed; what could is gone.
@@ -422,11 +527,21 @@ pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
     {
         problems.push(error.to_string());
     }
+    if let Err(error) = remove_routes().await {
+        problems.push(format!("routes to other nodes' pods: {error}"));
+    }
     if problems.is_empty() {
         Ok(())
     } else {
         Err(CleanupError(problems))
     }
+}
+
+/// Routes to this node's pods stay: the pods live on.
+async fn remove_routes() -> Result<(), Error> {
+    let routes = Routes::open()?;
+    let ours: Vec<NodeRoute> = routes.list().await?.ours.into_iter().collect();
+    routes.remove(&ours).await.into_iter().collect()
 }
 
 /// Whether all of our virtual services are gone.
@@ -439,8 +554,8 @@ async fn remove_services(settings: &Settings, problems: &mut Vec<String>) -> boo
             return false;
         }
     };
-    let vips = match our_vips(settings).await {
-        Ok(vips) => vips,
+    let (vips, external) = match our_addresses(settings).await {
+        Ok(ours) => ours,
         Err(error) => {
             problems.push(error);
             return false;
@@ -456,7 +571,8 @@ async fn remove_services(settings: &Settings, problems: &mut Vec<String>) -> boo
     let orders: Vec<Order> = services
         .iter()
         .filter(|service| {
-            matches!(&service.key, ServiceKey::Address(addr) if owns_virtual_service(addr, &vips))
+            matches!(&service.key, ServiceKey::Address(addr)
+                if owns_virtual_service(addr, &vips, &external))
         })
         .map(|service| Order::DeleteService(service.key))
         .collect();
@@ -482,8 +598,12 @@ async fn our_device(settings: &Settings) -> Result<Option<VipDevice>, DeviceErro
     }
 }
 
-async fn our_vips(settings: &Settings) -> Result<BTreeSet<IpAddr>, String> {
+/// VIPs of ours, and our frontends at addresses that are not.
+async fn our_addresses(
+    settings: &Settings,
+) -> Result<(BTreeSet<IpAddr>, BTreeSet<FrontendAddr>), String> {
     let mut vips = BTreeSet::new();
+    let mut external = BTreeSet::new();
     let device = our_device(settings).await;
     if let Some(device) = device.map_err(|error| error.to_string())? {
         let addresses = device.addresses().await;
@@ -491,12 +611,21 @@ async fn our_vips(settings: &Settings) -> Result<BTreeSet<IpAddr>, String> {
     }
     let elements = Elements::open(&settings.nft_table).map_err(|error| error.to_string())?;
     match elements.list().await {
-        Ok(elements) => vips.extend(elements.into_iter().filter_map(|element| match element {
-            Element::Vip(ip) => Some(ip),
-            Element::Frontend(_) => None,
-        })),
+        Ok(elements) => {
+            for element in elements {
+                match element {
+                    Element::Vip(ip) => {
+                        vips.insert(ip);
+                    }
+                    Element::External(addr) => {
+                        external.insert(addr);
+                    }
+                    Element::Frontend(_) | Element::Hairpin(_) => {}
+                }
+            }
+        }
         Err(error) if error.is_not_found() => {}
         Err(error) => return Err(format!("table {}: {error}", settings.nft_table)),
     }
-    Ok(vips)
+    Ok((vips, external))
 }

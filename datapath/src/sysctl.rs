@@ -20,8 +20,11 @@ type Setting = (&'static str, &'static str, bool);
 
 /// What pods need: their packets pass through the node. IPv6 may not be compiled in, or be
 /// disabled at boot.
-const FORWARDING: [Setting; 2] = [
+const FORWARDING: [Setting; 3] = [
     ("net/ipv4/ip_forward", "1", false),
+    // A pod that calls itself through a Service needs no advice about a shorter way. A device
+    // sends redirects if this one or its own says so; the plugin sets those of pods' veths.
+    ("net/ipv4/conf/all/send_redirects", "0", false),
     ("net/ipv6/conf/all/forwarding", "1", true),
 ];
 

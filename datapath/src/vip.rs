@@ -12,10 +12,13 @@ use ferrule_model::names::IfName;
 use ferrule_netlink::{Error, Protocol, Socket, route};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{
-    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope, CacheInfo,
 };
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+/// `INFINITY_LIFE_TIME` of `net/addrconf.h`.
+const FOREVER: u32 = u32::MAX;
 
 /// Why the device cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +128,12 @@ impl VipDevice {
         &self.name
     }
 
+    /// Its index, which another device of the same name has not.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
     /// Every host address on the device; IPv6 link-local ones are the kernel's own.
     ///
     /// # Errors
@@ -200,12 +209,24 @@ impl VipDevice {
         };
         message.header.prefix_len = Family::of(ip).bits();
         message.header.index = self.index;
-        message.header.scope = AddressScope::Universe;
-        // Duplicate address detection would ask on a device that nobody hears.
-        if ip.is_ipv6() {
-            message.header.flags = AddressHeaderFlags::Nodad;
-        }
         message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+        // A VIP must not be the source of what has nothing to do with it. Where the device that
+        // leads to a pod has no address, the kernel takes one of another device: in IPv4 the first
+        // that is not of scope link (inet_select_addr()), in IPv6 the nearest by RFC 6724, unless
+        // it is deprecated.
+        match ip {
+            IpAddr::V4(_) => message.header.scope = AddressScope::Link,
+            IpAddr::V6(_) => {
+                message.header.scope = AddressScope::Universe;
+                // Duplicate address detection would ask on a device that nobody hears.
+                message.header.flags = AddressHeaderFlags::Nodad;
+                let mut lifetimes = CacheInfo::default();
+                lifetimes.ifa_valid = FOREVER;
+                message
+                    .attributes
+                    .push(AddressAttribute::CacheInfo(lifetimes));
+            }
+        }
         message
     }
 

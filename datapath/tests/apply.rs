@@ -1,7 +1,7 @@
 //! `apply` on a kernel that fails one operation in ten: it never opens the
 //! node on the way, and it arrives.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ferrule_datapath::{ChangeError, Kernel, apply};
@@ -14,6 +14,7 @@ use ferrule_model::kube::{
     AddressType, Endpoint, EndpointPort, EndpointSlice, Object, ObjectMeta, SERVICE_NAME_LABEL,
     Service, ServicePort, ServiceSpec,
 };
+use ferrule_model::network::NodeFacts;
 use ferrule_model::observed::Observed;
 use ferrule_model::service::VirtualService;
 use ferrule_netlink::Error;
@@ -58,11 +59,9 @@ impl FakeKernel {
             self.openings
                 .push(format!("after {change}: {ip} is bound without a guard"));
         }
-        let lost = self
-            .state
-            .services
-            .keys()
-            .find(|addr| !self.state.guarded.contains(&addr.ip));
+        let lost = self.state.services.keys().find(|addr| {
+            !self.state.guarded.contains(&addr.ip) && !self.state.external.contains(addr)
+        });
         if let Some(addr) = lost {
             self.openings
                 .push(format!("after {change}: {addr} is nobody's"));
@@ -94,15 +93,31 @@ fn vip(number: u8) -> IpAddr {
     IpAddr::from([10, 96, 0, number])
 }
 
-/// Services `(number, backends)`, each with two ports on a VIP that it may share.
+/// The node's own address.
+fn node() -> IpAddr {
+    IpAddr::from([192, 0, 2, 1])
+}
+
+/// Services `(number, backends)`, each with two ports on a VIP that it may share,
+/// and with node ports.
 fn desired(services: &[(u8, u8)]) -> Desired {
     let mut cluster = ClusterState::default();
     let mut desired = Desired::new("n0");
+    let own = BTreeSet::from([node()]);
+    let facts = NodeFacts {
+        node_ports: own.clone(),
+        own,
+        pods: ipnetwork::IpNetwork::new([10, 1, 0, 0].into(), 24)
+            .into_iter()
+            .collect(),
+    };
+    desired.set_facts(&cluster, facts);
     for (number, backends) in services {
         let name = format!("s{number}");
         let ports = [80, 443].map(|port| ServicePort {
             name: format!("p{port}"),
             port: port + u16::from(*number),
+            node_port: 30_000 + port + u16::from(*number % 3),
             ..ServicePort::default()
         });
         let service = Service {
@@ -151,6 +166,12 @@ fn leftover() -> impl Strategy<Value = Observed> {
     prop::collection::vec((0..4_u8, 80..84_u16, 0..3_u8, any::<bool>()), 0..6).prop_map(|parts| {
         let mut state = Observed::default();
         for (number, port, backends, allowed) in parts {
+            if allowed && backends > 1 {
+                let addr = FrontendAddr::new(node(), 30_000 + port, Protocol::Tcp);
+                state.external.insert(addr);
+                state.services.insert(addr, VirtualService::default());
+                state.hairpins.insert(IpAddr::from([10, 1, 0, backends]));
+            }
             let addr = FrontendAddr::new(vip(number), port, Protocol::Tcp);
             state.guarded.insert(addr.ip);
             state.bound.insert(addr.ip);
@@ -201,8 +222,7 @@ proptest! {
             scope = ferrule_model::desired::Scope::default();
             let failed = applied.failed.iter().map(|(change, _)| change);
             for change in failed.chain(&applied.held_back) {
-                scope.vips.insert(change.ip());
-                scope.frontends.extend(change.frontend());
+                scope.insert_change(change);
             }
         }
         prop_assert_eq!(diff_all(&desired, &kernel.state), vec![]);

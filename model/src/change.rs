@@ -32,6 +32,15 @@ pub enum Change {
     BindVip(IpAddr),
     /// Let replies of this frontend through the guard, to processes of the node that call it.
     AllowFrontend(FrontendAddr),
+    /// Put a frontend that clients beyond the cluster call into the set of these: what IPVS does
+    /// not take of it is refused, and the source of a client that is not on this node is replaced.
+    /// The entry is also the proof that the virtual service at a node's address is ours.
+    AddExternal(FrontendAddr),
+    /// Undo [`Change::AddExternal`]. Behind the making of VIPs: a virtual service whose address has
+    /// become a VIP is never without a proof that it is ours.
+    RemoveExternal(FrontendAddr),
+    /// Replace the source of connections that go from this address to itself.
+    AddHairpin(IpAddr),
     /// Make a virtual service.
     AddService(FrontendAddr, Scheduling),
     /// Change scheduler, flags or persistence of a virtual service in place.
@@ -42,6 +51,8 @@ pub enum Change {
     UpdateServer(FrontendAddr, BackendAddr, Weight),
     /// Remove a real server.
     RemoveServer(FrontendAddr, BackendAddr),
+    /// Undo [`Change::AddHairpin`].
+    RemoveHairpin(IpAddr),
 }
 
 impl Change {
@@ -50,12 +61,17 @@ impl Change {
     #[must_use]
     pub fn ip(&self) -> IpAddr {
         match self {
-            Self::UnbindVip(ip) | Self::UnguardVip(ip) | Self::GuardVip(ip) | Self::BindVip(ip) => {
-                *ip
-            }
+            Self::UnbindVip(ip)
+            | Self::UnguardVip(ip)
+            | Self::GuardVip(ip)
+            | Self::BindVip(ip)
+            | Self::AddHairpin(ip)
+            | Self::RemoveHairpin(ip) => *ip,
             Self::RemoveService(frontend)
             | Self::DisallowFrontend(frontend)
+            | Self::RemoveExternal(frontend)
             | Self::AllowFrontend(frontend)
+            | Self::AddExternal(frontend)
             | Self::AddService(frontend, _)
             | Self::UpdateService(frontend, _)
             | Self::AddServer(frontend, _, _)
@@ -68,10 +84,17 @@ impl Change {
     #[must_use]
     pub fn frontend(&self) -> Option<FrontendAddr> {
         match self {
-            Self::UnbindVip(_) | Self::UnguardVip(_) | Self::GuardVip(_) | Self::BindVip(_) => None,
+            Self::UnbindVip(_)
+            | Self::UnguardVip(_)
+            | Self::GuardVip(_)
+            | Self::BindVip(_)
+            | Self::AddHairpin(_)
+            | Self::RemoveHairpin(_) => None,
             Self::RemoveService(frontend)
             | Self::DisallowFrontend(frontend)
+            | Self::RemoveExternal(frontend)
             | Self::AllowFrontend(frontend)
+            | Self::AddExternal(frontend)
             | Self::AddService(frontend, _)
             | Self::UpdateService(frontend, _)
             | Self::AddServer(frontend, _, _)
@@ -88,6 +111,14 @@ impl fmt::Display for Change {
             Self::DisallowFrontend(frontend) => {
                 write!(f, "remove frontend {frontend} from the guard")
             }
+            Self::RemoveExternal(frontend) => {
+                write!(f, "remove external frontend {frontend} from the filter")
+            }
+            Self::AddExternal(frontend) => {
+                write!(f, "add external frontend {frontend} to the filter")
+            }
+            Self::AddHairpin(ip) => write!(f, "add hairpin address {ip} to the filter"),
+            Self::RemoveHairpin(ip) => write!(f, "remove hairpin address {ip} from the filter"),
             Self::UnbindVip(ip) => write!(f, "unbind VIP {ip}"),
             Self::UnguardVip(ip) => write!(f, "unguard VIP {ip}"),
             Self::GuardVip(ip) => write!(f, "guard VIP {ip}"),

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::kube::{EndpointSlice, Kind, Node, Object, ObjectKey, Service};
+use crate::kube::{EndpointSlice, Kind, Node, Object, ObjectKey, Service, ServiceCidr};
 use crate::names::ObjectName;
 
 /// One step of what a source tells.
@@ -22,6 +22,7 @@ pub struct ClusterState {
     /// Slices by the Service that their label names.
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
     nodes: BTreeMap<String, Node>,
+    service_cidrs: BTreeMap<String, ServiceCidr>,
 }
 
 /// What an event touched.
@@ -31,6 +32,8 @@ pub struct Touched {
     pub services: BTreeSet<ObjectName>,
     /// Nodes that came, changed or went.
     pub nodes: BTreeSet<String>,
+    /// Whether the ranges of cluster addresses may differ now.
+    pub service_cidrs: bool,
 }
 
 impl ClusterState {
@@ -57,6 +60,12 @@ impl ClusterState {
                 self.nodes.insert(name.clone(), node);
                 Touched::node(name, known)
             }
+            Object::ServiceCidr(cidr) => {
+                let name = cidr.metadata.name.clone();
+                let known = self.service_cidrs.get(&name) == Some(&cidr);
+                self.service_cidrs.insert(name, cidr);
+                Touched::cidrs(known)
+            }
         }
     }
 
@@ -74,6 +83,9 @@ impl ClusterState {
             Kind::Node => {
                 let unknown = self.nodes.remove(&key.name.name).is_none();
                 Touched::node(key.name.name, unknown)
+            }
+            Kind::ServiceCidr => {
+                Touched::cidrs(self.service_cidrs.remove(&key.name.name).is_none())
             }
         }
     }
@@ -133,6 +145,30 @@ impl ClusterState {
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.get(name)
     }
+
+    /// Every Node, by name.
+    pub fn nodes(&self) -> impl Iterator<Item = (&str, &Node)> {
+        self.nodes.iter().map(|(name, node)| (&**name, node))
+    }
+
+    /// Every ServiceCIDR, by name.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = (&str, &ServiceCidr)> {
+        self.service_cidrs
+            .iter()
+            .map(|(name, cidr)| (&**name, cidr))
+    }
+
+    /// How many EndpointSlices there are.
+    #[must_use]
+    pub fn slice_count(&self) -> usize {
+        self.slices.len()
+    }
+
+    /// How many Services there are.
+    #[must_use]
+    pub fn service_count(&self) -> usize {
+        self.services.len()
+    }
 }
 
 impl Touched {
@@ -152,9 +188,17 @@ impl Touched {
         touched
     }
 
+    fn cidrs(no_news: bool) -> Self {
+        Self {
+            service_cidrs: !no_news,
+            ..Self::default()
+        }
+    }
+
     /// Adds what another event touched.
     pub fn merge(&mut self, other: Self) {
         self.services.extend(other.services);
         self.nodes.extend(other.nodes);
+        self.service_cidrs |= other.service_cidrs;
     }
 }

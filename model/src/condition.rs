@@ -20,18 +20,60 @@ pub enum Reason {
     DuplicatePort,
     /// This version does not serve the field.
     Unsupported,
+    /// The object cannot be read: a field holds what it cannot.
+    InvalidObject,
+    /// There is no Node object of this node's name.
+    NodeMissing,
+    /// Two manifests define the object; the last one counts.
+    DuplicateObject,
+    /// A ServiceCIDR's or configuration's range is no network.
+    InvalidRange,
+    /// Another program's route leads to a Node's pods.
+    RouteConflict,
+    /// A Node shares no link with this one, so that we make no route to its pods.
+    NoSharedLink,
 }
 
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Reason {
+    /// Every reason, in the order of the documentation (docs/plan.md).
+    pub const ALL: [Self; 12] = [
+        Self::AddressConflict,
+        Self::InvalidAddress,
+        Self::InvalidPort,
+        Self::InvalidPodRange,
+        Self::DuplicatePort,
+        Self::Unsupported,
+        Self::InvalidObject,
+        Self::NodeMissing,
+        Self::DuplicateObject,
+        Self::InvalidRange,
+        Self::RouteConflict,
+        Self::NoSharedLink,
+    ];
+
+    /// The text that stands for it in every output.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
             Self::AddressConflict => "AddressConflict",
             Self::InvalidAddress => "InvalidAddress",
             Self::InvalidPort => "InvalidPort",
             Self::InvalidPodRange => "InvalidPodRange",
             Self::DuplicatePort => "DuplicatePort",
             Self::Unsupported => "Unsupported",
-        })
+            Self::InvalidObject => "InvalidObject",
+            Self::NodeMissing => "NodeMissing",
+            Self::DuplicateObject => "DuplicateObject",
+            Self::InvalidRange => "InvalidRange",
+            Self::RouteConflict => "RouteConflict",
+            Self::NoSharedLink => "NoSharedLink",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -49,5 +91,33 @@ pub struct Condition {
 impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}: {}", self.object, self.reason, self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_is_listed_once() {
+        // A new variant fails to compile here: add it to `Reason::ALL` too.
+        for (index, reason) in Reason::ALL.into_iter().enumerate() {
+            let place = match reason {
+                Reason::AddressConflict => 0,
+                Reason::InvalidAddress => 1,
+                Reason::InvalidPort => 2,
+                Reason::InvalidPodRange => 3,
+                Reason::DuplicatePort => 4,
+                Reason::Unsupported => 5,
+                Reason::InvalidObject => 6,
+                Reason::NodeMissing => 7,
+                Reason::DuplicateObject => 8,
+                Reason::InvalidRange => 9,
+                Reason::RouteConflict => 10,
+                Reason::NoSharedLink => 11,
+            };
+            assert_eq!(place, index, "{reason}");
+            assert_eq!(format!("{reason:?}"), reason.name());
+        }
     }
 }

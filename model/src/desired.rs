@@ -5,9 +5,12 @@
 //! the same facts gives the same `Desired`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
+use std::ops::Bound;
 
 use crate::address::{BackendAddr, Family, FrontendAddr, parse_address};
+use crate::change::Change;
 use crate::cluster::ClusterState;
 use crate::condition::{Condition, Reason};
 use crate::endpoints::{self, Backend};
@@ -15,6 +18,7 @@ use crate::kube::{
     Kind, ObjectKey, PROXY_NAME_LABEL, Service, ServicePort, ServiceSpec, ServiceType,
 };
 use crate::names::ObjectName;
+use crate::network::NodeFacts;
 use crate::service::{Scheduling, VirtualService};
 
 /// Weight of every real server.
@@ -29,9 +33,58 @@ pub enum Action {
     Reject,
 }
 
+/// Where the address of a frontend comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`.
+    ClusterIP,
+    /// `ports[].nodePort` at an address of this node.
+    NodePort,
+}
+
+impl FrontendKind {
+    /// Whether its address is bound to this node for it, and guarded.
+    #[must_use]
+    pub fn is_vip(self) -> bool {
+        match self {
+            Self::ClusterIP => true,
+            Self::NodePort => false,
+        }
+    }
+
+    /// Where a Service asks for it.
+    #[must_use]
+    pub fn field(self) -> &'static str {
+        match self {
+            Self::ClusterIP => "spec.clusterIPs",
+            Self::NodePort => "spec.ports[].nodePort",
+        }
+    }
+
+    /// Whether clients beyond the cluster call it.
+    #[must_use]
+    pub fn is_external(self) -> bool {
+        match self {
+            Self::ClusterIP => false,
+            Self::NodePort => true,
+        }
+    }
+}
+
+impl fmt::Display for FrontendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ClusterIP => "ClusterIP",
+            Self::NodePort => "NodePort",
+        })
+    }
+}
+
 /// One service port at one address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frontend {
+    /// Where the address comes from.
+    pub kind: FrontendKind,
     /// The Service that holds the address.
     pub service: ObjectName,
     /// Name of the service port, empty if it has none.
@@ -74,6 +127,8 @@ struct ServicePlan {
     frontends: BTreeMap<FrontendAddr, Frontend>,
     conditions: Vec<Condition>,
     created: Created,
+    /// Backends that run on this node, and so may call themselves.
+    hairpins: BTreeSet<IpAddr>,
 }
 
 /// Age of a Service; one without a time stamp counts as younger than any with one.
@@ -98,6 +153,8 @@ pub struct Scope {
     pub frontends: BTreeSet<FrontendAddr>,
     /// VIPs.
     pub vips: BTreeSet<IpAddr>,
+    /// Addresses of backends on this node.
+    pub hairpins: BTreeSet<IpAddr>,
 }
 
 impl Scope {
@@ -105,6 +162,26 @@ impl Scope {
     pub fn merge(&mut self, other: Self) {
         self.frontends.extend(other.frontends);
         self.vips.extend(other.vips);
+        self.hairpins.extend(other.hairpins);
+    }
+
+    /// Adds what a change is about.
+    pub fn insert_change(&mut self, change: &Change) {
+        match (change, change.frontend()) {
+            (Change::AddHairpin(ip) | Change::RemoveHairpin(ip), _) => {
+                self.hairpins.insert(*ip);
+            }
+            (_, Some(frontend)) => self.insert(frontend),
+            (_, None) => {
+                self.vips.insert(change.ip());
+            }
+        }
+    }
+
+    /// How many addresses it names.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.frontends.len() + self.vips.len() + self.hairpins.len()
     }
 
     /// Adds a frontend and its VIP.
@@ -116,7 +193,7 @@ impl Scope {
     /// Whether there is nothing in it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.frontends.is_empty() && self.vips.is_empty()
+        self.frontends.is_empty() && self.vips.is_empty() && self.hairpins.is_empty()
     }
 }
 
@@ -124,10 +201,13 @@ impl Scope {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
     node: String,
+    facts: NodeFacts,
     plans: BTreeMap<ObjectName, ServicePlan>,
     claims: BTreeMap<FrontendAddr, BTreeSet<Claim>>,
-    /// How many frontends each VIP has.
+    /// How many claims to frontends each VIP has.
     vips: BTreeMap<IpAddr, usize>,
+    /// How many Services have each backend of this node.
+    hairpins: BTreeMap<IpAddr, usize>,
 }
 
 impl Desired {
@@ -139,56 +219,99 @@ impl Desired {
         }
     }
 
+    /// What is known of this node.
+    #[must_use]
+    pub fn facts(&self) -> &NodeFacts {
+        &self.facts
+    }
+
+    /// Takes in what is known of this node, and computes every Service anew if
+    /// that is news. Returns what may have changed by it.
+    pub fn set_facts(&mut self, cluster: &ClusterState, facts: NodeFacts) -> Scope {
+        let mut scope = Scope::default();
+        if self.facts == facts {
+            return scope;
+        }
+        self.facts = facts;
+        for (name, _) in cluster.services() {
+            scope.merge(self.update(cluster, name));
+        }
+        scope
+    }
+
     /// Computes one Service anew and returns what may have changed by it.
     pub fn update(&mut self, cluster: &ClusterState, name: &ObjectName) -> Scope {
         let plan = cluster
             .service(name)
-            .map(|service| plan_service(cluster, name, service, &self.node))
+            .map(|service| {
+                Planner {
+                    cluster,
+                    name,
+                    node: &self.node,
+                    facts: &self.facts,
+                }
+                .plan(service)
+            })
             .unwrap_or_default();
         let old = self.plans.remove(name).unwrap_or_default();
         let mut scope = Scope::default();
-        for addr in old.frontends.keys() {
-            let claim = Claim::new(&old, name);
-            if plan.frontends.contains_key(addr) && plan.created == old.created {
+        for (addr, frontend) in &old.frontends {
+            let stays = plan
+                .frontends
+                .get(addr)
+                .is_some_and(|new| new.kind == frontend.kind);
+            if stays && plan.created == old.created {
                 continue;
             }
-            self.withdraw(*addr, &claim);
+            self.withdraw(*addr, frontend.kind, &Claim::new(&old, name));
             scope.insert(*addr);
         }
         for (addr, frontend) in &plan.frontends {
-            self.claim(*addr, Claim::new(&plan, name));
+            self.claim(*addr, frontend.kind, Claim::new(&plan, name));
             if old.frontends.get(addr) != Some(frontend) {
                 scope.insert(*addr);
             }
         }
+        self.count_hairpins(&old.hairpins, &plan.hairpins, &mut scope);
         if plan != ServicePlan::default() {
             self.plans.insert(name.clone(), plan);
         }
         scope
     }
 
-    fn claim(&mut self, addr: FrontendAddr, claim: Claim) {
-        let claims = self.claims.entry(addr).or_default();
-        if claims.is_empty() {
+    fn claim(&mut self, addr: FrontendAddr, kind: FrontendKind, claim: Claim) {
+        let new = self.claims.entry(addr).or_default().insert(claim);
+        if new && kind.is_vip() {
             *self.vips.entry(addr.ip).or_default() += 1;
         }
-        claims.insert(claim);
     }
 
-    fn withdraw(&mut self, addr: FrontendAddr, claim: &Claim) {
+    fn withdraw(&mut self, addr: FrontendAddr, kind: FrontendKind, claim: &Claim) {
         let Some(claims) = self.claims.get_mut(&addr) else {
             return;
         };
-        claims.remove(claim);
-        if !claims.is_empty() {
-            return;
+        let removed = claims.remove(claim);
+        if claims.is_empty() {
+            self.claims.remove(&addr);
         }
-        self.claims.remove(&addr);
-        if let Some(count) = self.vips.get_mut(&addr.ip) {
-            *count -= 1;
-            if *count == 0 {
-                self.vips.remove(&addr.ip);
-            }
+        if removed && kind.is_vip() {
+            count_down(&mut self.vips, addr.ip);
+        }
+    }
+
+    fn count_hairpins(
+        &mut self,
+        old: &BTreeSet<IpAddr>,
+        new: &BTreeSet<IpAddr>,
+        scope: &mut Scope,
+    ) {
+        for ip in new.difference(old) {
+            *self.hairpins.entry(*ip).or_default() += 1;
+            scope.hairpins.insert(*ip);
+        }
+        for ip in old.difference(new) {
+            count_down(&mut self.hairpins, *ip);
+            scope.hairpins.insert(*ip);
         }
     }
 
@@ -206,6 +329,28 @@ impl Desired {
             .filter_map(|addr| self.frontend(addr).map(|frontend| (*addr, frontend)))
     }
 
+    /// The frontends that each Service holds, by namespace and name, beginning
+    /// with the Service `from`.
+    pub fn frontends_by_service(
+        &self,
+        from: Option<&ObjectName>,
+    ) -> impl Iterator<Item = (&ObjectName, Vec<(FrontendAddr, &Frontend)>)> {
+        let start = from.map_or(Bound::Unbounded, Bound::Included);
+        let plans = self.plans.range::<ObjectName, _>((start, Bound::Unbounded));
+        plans.map(|(name, plan)| {
+            let held = plan.frontends.iter().filter(|(addr, _)| {
+                let claims = self.claims.get(addr);
+                claims
+                    .and_then(BTreeSet::first)
+                    .is_some_and(|holder| holder.service == *name)
+            });
+            (
+                name,
+                held.map(|(addr, frontend)| (*addr, frontend)).collect(),
+            )
+        })
+    }
+
     /// Whether `ip` is a VIP.
     #[must_use]
     pub fn is_vip(&self, ip: IpAddr) -> bool {
@@ -217,6 +362,22 @@ impl Desired {
         self.vips.keys().copied()
     }
 
+    /// Whether connections from `ip` to itself need another source.
+    #[must_use]
+    pub fn is_hairpin(&self, ip: IpAddr) -> bool {
+        self.hairpins.contains_key(&ip)
+    }
+
+    /// Every such address, in order.
+    pub fn hairpins(&self) -> impl Iterator<Item = IpAddr> {
+        self.hairpins.keys().copied()
+    }
+
+    /// What is to be said about all Services and their slices, in order.
+    pub fn conditions(&self) -> impl Iterator<Item = Condition> {
+        self.plans.keys().flat_map(|name| self.conditions_of(name))
+    }
+
     /// What is to be said about one Service and its slices, in order.
     #[must_use]
     pub fn conditions_of(&self, name: &ObjectName) -> Vec<Condition> {
@@ -224,15 +385,16 @@ impl Desired {
             return Vec::new();
         };
         let mut conditions = plan.conditions.clone();
-        for addr in plan.frontends.keys() {
+        for (addr, frontend) in &plan.frontends {
             let holder = self.claims.get(addr).and_then(BTreeSet::first);
             if let Some(holder) = holder.filter(|claim| claim.service != *name) {
                 conditions.push(condition(
                     name,
                     Reason::AddressConflict,
                     format!(
-                        "{addr} is held by Service {}, which is older or comes first by name; \
+                        "{}: {addr} is held by Service {}, which is older or comes first by name; \
                          give one of the two another address or port",
+                        frontend.kind.field(),
                         holder.service
                     ),
                 ));
@@ -263,81 +425,177 @@ fn condition(service: &ObjectName, reason: Reason, message: String) -> Condition
     }
 }
 
-fn plan_service(
-    cluster: &ClusterState,
-    name: &ObjectName,
-    service: &Service,
-    node: &str,
-) -> ServicePlan {
-    let mut plan = ServicePlan {
-        created: service
-            .metadata
-            .creation_timestamp
-            .clone()
-            .map_or(Created::Unknown, Created::At),
-        ..ServicePlan::default()
-    };
-    if !is_ours_to_serve(service) {
-        return plan;
-    }
-    note_unsupported(name, service, &mut plan.conditions);
-    let vips = cluster_ips(name, &service.spec, &mut plan.conditions);
-    for port in &service.spec.ports {
-        if port.port == 0 {
-            let message = "spec.ports[].port is 0; give a number from 1 to 65535".to_owned();
-            plan.conditions
-                .push(condition(name, Reason::InvalidPort, message));
-            continue;
-        }
-        for ip in &vips {
-            plan_port(cluster, name, port, *ip, node, &mut plan);
+fn count_down(counts: &mut BTreeMap<IpAddr, usize>, ip: IpAddr) {
+    if let Some(count) = counts.get_mut(&ip) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(&ip);
         }
     }
-    plan
 }
 
-/// Headless Services, external names, and those that ask for another proxy are not.
+/// Headless Services, external names, those that ask for another proxy and those
+/// that have no address yet are not.
 fn is_ours_to_serve(service: &Service) -> bool {
     let spec = &service.spec;
+    let mut ips = std::iter::once(&spec.cluster_ip).chain(&spec.cluster_ips);
+    let headless = ips.clone().any(|text| text.eq_ignore_ascii_case("none"));
+    let has_address = ips.any(|text| !text.is_empty());
     spec.service_type != ServiceType::ExternalName
         && !service.metadata.labels.contains_key(PROXY_NAME_LABEL)
-        && !spec.cluster_ip.eq_ignore_ascii_case("none")
+        && !headless
+        && has_address
 }
 
-fn plan_port(
-    cluster: &ClusterState,
-    name: &ObjectName,
-    port: &ServicePort,
-    ip: IpAddr,
-    node: &str,
-    plan: &mut ServicePlan,
-) {
-    let addr = FrontendAddr::new(ip, port.port, port.protocol);
-    if plan.frontends.contains_key(&addr) {
-        let message = format!(
-            "spec.ports[]: {}/{} stands twice, the first is served; remove the other",
-            port.port, port.protocol
-        );
-        plan.conditions
-            .push(condition(name, Reason::DuplicatePort, message));
-        return;
+/// What it takes to plan one Service.
+struct Planner<'a> {
+    cluster: &'a ClusterState,
+    name: &'a ObjectName,
+    node: &'a str,
+    facts: &'a NodeFacts,
+}
+
+impl Planner<'_> {
+    fn plan(&self, service: &Service) -> ServicePlan {
+        let mut plan = ServicePlan {
+            created: service
+                .metadata
+                .creation_timestamp
+                .clone()
+                .map_or(Created::Unknown, Created::At),
+            ..ServicePlan::default()
+        };
+        if !is_ours_to_serve(service) {
+            return plan;
+        }
+        note_unsupported(self.name, service, &mut plan.conditions);
+        let hinted = self.cluster.slices_of(self.name).any(|slice| {
+            let hints = slice.endpoints.iter().map(|endpoint| endpoint.hints);
+            hints
+                .into_iter()
+                .any(|hints| hints.for_zones || hints.for_nodes)
+        });
+        if hinted {
+            plan.conditions.push(unsupported(
+                self.name,
+                "endpoints[].hints",
+                "endpoints of all zones and nodes are used",
+            ));
+        }
+        let vips = cluster_ips(self.name, &service.spec, &mut plan.conditions);
+        let families: BTreeSet<Family> = vips.iter().map(|ip| Family::of(*ip)).collect();
+        let vips = self.without_own(vips, &mut plan.conditions);
+        for port in &service.spec.ports {
+            if port.port == 0 {
+                let message = "spec.ports[].port is 0; give a number from 1 to 65535".to_owned();
+                plan.conditions
+                    .push(condition(self.name, Reason::InvalidPort, message));
+                continue;
+            }
+            for family in &families {
+                let backends = endpoints::choose(
+                    self.cluster.slices_of(self.name),
+                    port,
+                    *family,
+                    self.node,
+                    &mut plan.conditions,
+                );
+                self.note_hairpins(&backends, &mut plan.hairpins);
+                self.add_port(port, *family, &vips, &backends, &mut plan);
+            }
+        }
+        plan
     }
-    let backends = endpoints::choose(
-        cluster.slices_of(name),
-        port,
-        Family::of(ip),
-        node,
-        &mut plan.conditions,
-    );
-    plan.frontends.insert(
-        addr,
-        Frontend {
-            service: name.clone(),
-            port_name: port.name.clone(),
-            scheduling: Scheduling::default(),
-            backends,
-        },
-    );
+
+    /// A VIP that is an address of this node would cut the node off: the guard
+    /// refuses whatever comes for a VIP and is no service.
+    fn without_own(
+        &self,
+        mut vips: BTreeSet<IpAddr>,
+        conditions: &mut Vec<Condition>,
+    ) -> BTreeSet<IpAddr> {
+        vips.retain(|ip| {
+            let own = self.facts.own.contains(ip);
+            if own {
+                conditions.push(condition(
+                    self.name,
+                    Reason::AddressConflict,
+                    format!(
+                        "spec.clusterIPs: {ip} is an address of node {}; it is not served, \
+                         give the Service an address of the service network",
+                        self.node
+                    ),
+                ));
+            }
+            !own
+        });
+        vips
+    }
+
+    fn note_hairpins(
+        &self,
+        backends: &BTreeMap<BackendAddr, Backend>,
+        hairpins: &mut BTreeSet<IpAddr>,
+    ) {
+        for (addr, backend) in backends {
+            let here = backend.local || self.facts.pods.iter().any(|pods| pods.contains(addr.ip));
+            if here {
+                hairpins.insert(addr.ip);
+            }
+        }
+    }
+
+    fn add_port(
+        &self,
+        port: &ServicePort,
+        family: Family,
+        vips: &BTreeSet<IpAddr>,
+        backends: &BTreeMap<BackendAddr, Backend>,
+        plan: &mut ServicePlan,
+    ) {
+        let of_family = |ip: &&IpAddr| Family::of(**ip) == family;
+        let mut duplicates = BTreeSet::new();
+        let mut add = |kind, ip, number| {
+            let addr = FrontendAddr::new(ip, number, port.protocol);
+            if plan.frontends.contains_key(&addr) {
+                let field = match kind {
+                    FrontendKind::ClusterIP => "port",
+                    FrontendKind::NodePort => "nodePort",
+                };
+                duplicates.insert((field, number));
+                return;
+            }
+            plan.frontends.insert(
+                addr,
+                Frontend {
+                    kind,
+                    service: self.name.clone(),
+                    port_name: port.name.clone(),
+                    scheduling: Scheduling::default(),
+                    backends: backends.clone(),
+                },
+            );
+        };
+        for ip in vips.iter().filter(of_family) {
+            add(FrontendKind::ClusterIP, *ip, port.port);
+        }
+        if port.node_port != 0 {
+            for ip in self.facts.node_ports.iter().filter(of_family) {
+                add(FrontendKind::NodePort, *ip, port.node_port);
+            }
+        }
+        for (field, number) in duplicates {
+            let message = format!(
+                "spec.ports[].{field}: {number}/{} stands twice, the first is served; remove the other",
+                port.protocol
+            );
+            let condition = condition(self.name, Reason::DuplicatePort, message);
+            // Both families find the same.
+            if !plan.conditions.contains(&condition) {
+                plan.conditions.push(condition);
+            }
+        }
+    }
 }
 
 /// `clusterIPs`, or `clusterIP` where an object has only that.
@@ -360,31 +618,45 @@ fn cluster_ips(
             Err(error) => conditions.push(condition(
                 name,
                 Reason::InvalidAddress,
-                format!("{field}: {text:?} {error}; the address is not served"),
+                format!("{field}: {text:?} {error}; the address is not served, correct it"),
             )),
         }
     }
     vips
 }
 
-/// Says which parts of a Service this version leaves out; its cluster addresses are served all the same.
+fn unsupported(name: &ObjectName, field: &str, effect: &str) -> Condition {
+    let message = format!("{field}: {effect} by this version; the rest of the Service is served");
+    condition(name, Reason::Unsupported, message)
+}
+
+/// Says which parts of a Service this version leaves out; the rest of it is served all the same.
 fn note_unsupported(name: &ObjectName, service: &Service, conditions: &mut Vec<Condition>) {
     let spec = &service.spec;
-    let mut note = |field: &str, effect: &str| {
-        let message = format!("{field}: {effect}; the ClusterIPs of the Service are served");
-        conditions.push(condition(name, Reason::Unsupported, message));
-    };
-    if spec.ports.iter().any(|port| port.node_port != 0) {
-        note("spec.ports[].nodePort", "node ports are not served");
+    let mut note = |field: &str, effect: &str| conditions.push(unsupported(name, field, effect));
+    for annotation in service.metadata.annotations.keys() {
+        note(
+            &format!("metadata.annotations[{annotation}]"),
+            "connections are spread round robin",
+        );
     }
     if !spec.external_ips.is_empty() {
         note("spec.externalIPs", "external addresses are not served");
     }
     let ingress = &service.status.load_balancer.ingress;
-    if ingress.iter().any(|entry| !entry.ip.is_empty()) {
+    if ingress
+        .iter()
+        .any(|entry| !entry.ip.is_empty() && entry.ip_mode != "Proxy")
+    {
         note(
             "status.loadBalancer.ingress",
             "load-balancer addresses are not served",
+        );
+    }
+    if !spec.load_balancer_source_ranges.is_empty() {
+        note(
+            "spec.loadBalancerSourceRanges",
+            "clients are not told apart by their address",
         );
     }
     if spec.session_affinity == "ClientIP" {
@@ -398,5 +670,16 @@ fn note_unsupported(name: &ObjectName, service: &Service, conditions: &mut Vec<C
             "spec.internalTrafficPolicy",
             "endpoints of all nodes are used",
         );
+    }
+    let external = spec.service_type == ServiceType::NodePort
+        || spec.service_type == ServiceType::LoadBalancer;
+    if external && spec.external_traffic_policy == "Local" {
+        note(
+            "spec.externalTrafficPolicy",
+            "endpoints of all nodes are used, and the client's address is replaced",
+        );
+        if spec.health_check_node_port != 0 {
+            note("spec.healthCheckNodePort", "health checks are not answered");
+        }
     }
 }

@@ -20,6 +20,13 @@ pub fn diff(desired: &Desired, observed: &Observed, scope: &Scope) -> Vec<Change
     for addr in &scope.frontends {
         diff_frontend(addr, desired, observed, &mut changes);
     }
+    for ip in &scope.hairpins {
+        match (desired.is_hairpin(*ip), observed.hairpins.contains(ip)) {
+            (true, false) => changes.push(Change::AddHairpin(*ip)),
+            (false, true) => changes.push(Change::RemoveHairpin(*ip)),
+            (true, true) | (false, false) => {}
+        }
+    }
     // The variants of `Change` are declared in the order of execution.
     changes.sort();
     changes
@@ -38,9 +45,12 @@ pub fn everything(desired: &Desired, observed: &Observed) -> Scope {
     for (addr, _) in desired.frontends() {
         scope.insert(addr);
     }
-    for addr in observed.services.keys().chain(&observed.allowed) {
+    let seen = observed.services.keys();
+    for addr in seen.chain(&observed.allowed).chain(&observed.external) {
         scope.insert(*addr);
     }
+    scope.hairpins.extend(desired.hairpins());
+    scope.hairpins.extend(&observed.hairpins);
     scope.vips.extend(desired.vips());
     scope.vips.extend(&observed.guarded);
     scope.vips.extend(&observed.bound);
@@ -76,13 +86,21 @@ fn diff_frontend(
     observed: &Observed,
     changes: &mut Vec<Change>,
 ) {
-    let wanted = desired.frontend(addr).and_then(Frontend::virtual_service);
+    let frontend = desired.frontend(addr);
+    let wanted = frontend.and_then(Frontend::virtual_service);
     let present = observed.services.get(addr);
-    let allowed = observed.allowed.contains(addr);
-    match (&wanted, allowed) {
-        (Some(_), false) => changes.push(Change::AllowFrontend(*addr)),
-        (None, true) => changes.push(Change::DisallowFrontend(*addr)),
-        (Some(_), true) | (None, false) => {}
+    // At a VIP, the guard lets the service's answers pass; it has none at a node's address.
+    let allow = wanted.is_some() && frontend.is_some_and(|frontend| frontend.kind.is_vip());
+    match (allow, observed.allowed.contains(addr)) {
+        (true, false) => changes.push(Change::AllowFrontend(*addr)),
+        (false, true) => changes.push(Change::DisallowFrontend(*addr)),
+        (true, true) | (false, false) => {}
+    }
+    let external = frontend.is_some_and(|frontend| frontend.kind.is_external());
+    match (external, observed.external.contains(addr)) {
+        (true, false) => changes.push(Change::AddExternal(*addr)),
+        (false, true) => changes.push(Change::RemoveExternal(*addr)),
+        (true, true) | (false, false) => {}
     }
     match (wanted, present) {
         (None, None) => {}

@@ -112,7 +112,9 @@ fn address(
             name: slice.metadata.object_name(),
         },
         reason: Reason::InvalidAddress,
-        message: format!("endpoints[].addresses: {text:?} {problem}; the endpoint is left out"),
+        message: format!(
+            "endpoints[].addresses: {text:?} {problem}; the endpoint is left out, correct it"
+        ),
     };
     // A slice is read once for each port of its Service.
     if !conditions.contains(&condition) {

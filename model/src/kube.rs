@@ -3,7 +3,7 @@
 //! Slim on purpose: a full `EndpointSlice` of 50 endpoints costs six times the
 //! memory. The types follow the API's JSON, `null` counts as absent, fields not
 //! named here are skipped. Sources: `core/v1` Service and Node,
-//! `discovery.k8s.io/v1` EndpointSlice.
+//! `discovery.k8s.io/v1` EndpointSlice, `networking.k8s.io/v1` ServiceCIDR.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -42,6 +42,24 @@ fn port_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Err
     })
 }
 
+/// Annotations by which a Service chooses a scheduler: kube-router's and our own.
+pub const SCHEDULER_ANNOTATIONS: [&str; 4] = [
+    "kube-router.io/service.scheduler",
+    "kube-router.io/service.schedflags",
+    "ferrule.io/scheduler",
+    "ferrule.io/scheduler-flags",
+];
+
+/// The annotations that we read; others may be as long as the object itself.
+fn known_annotations<'de, D>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let mut annotations: BTreeMap<String, String> = null_is_default(deserializer)?;
+    annotations.retain(|key, _| SCHEDULER_ANNOTATIONS.contains(&key.as_str()));
+    Ok(annotations)
+}
+
 /// What all objects have.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -54,6 +72,9 @@ pub struct ObjectMeta {
     /// Labels.
     #[serde(default, deserialize_with = "null_is_default")]
     pub labels: BTreeMap<String, String>,
+    /// Annotations that we read, and no others.
+    #[serde(default, deserialize_with = "known_annotations")]
+    pub annotations: BTreeMap<String, String>,
     /// RFC 3339 in UTC, as the API writes it; sorts as text.
     #[serde(default)]
     pub creation_timestamp: Option<String>,
@@ -63,8 +84,14 @@ impl ObjectMeta {
     /// Namespace and name of a namespaced object.
     #[must_use]
     pub fn object_name(&self) -> ObjectName {
-        ObjectName::new(self.namespace.as_deref().unwrap_or("default"), &*self.name)
+        ObjectName::new(namespace(self.namespace.as_deref()), &*self.name)
     }
+}
+
+/// The namespace of an object that has one; absent and empty mean `default`.
+#[must_use]
+pub fn namespace(written: Option<&str>) -> &str {
+    written.filter(|text| !text.is_empty()).unwrap_or("default")
 }
 
 /// `core/v1` Service.
@@ -102,6 +129,15 @@ pub struct ServiceSpec {
     /// `Cluster` or `Local`, for clients in the cluster.
     #[serde(default, deserialize_with = "null_is_default")]
     pub internal_traffic_policy: String,
+    /// `Cluster` or `Local`, for clients that come from outside.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub external_traffic_policy: String,
+    /// Port of the health check, 0 for none.
+    #[serde(default, deserialize_with = "port_number")]
+    pub health_check_node_port: u16,
+    /// Who may come through a load balancer.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub load_balancer_source_ranges: Vec<String>,
     /// Ports.
     #[serde(default, deserialize_with = "null_is_default")]
     pub ports: Vec<ServicePort>,
@@ -162,6 +198,10 @@ pub struct LoadBalancerIngress {
     /// Address of the load balancer, empty where it has only a name.
     #[serde(default, deserialize_with = "null_is_default")]
     pub ip: String,
+    /// `Proxy` where the balancer ends connections itself, and nodes never see
+    /// the address as a destination; `VIP` otherwise.
+    #[serde(default, rename = "ipMode", deserialize_with = "null_is_default")]
+    pub ip_mode: String,
 }
 
 /// `discovery.k8s.io/v1` EndpointSlice.
@@ -216,6 +256,26 @@ pub struct Endpoint {
     /// The node it runs on.
     #[serde(default)]
     pub node_name: Option<String>,
+    /// Whom it is meant for.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub hints: EndpointHints,
+}
+
+/// `EndpointHints`; whether there are any is all that is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointHints {
+    /// `forZones` is not empty.
+    #[serde(default, deserialize_with = "is_not_empty")]
+    pub for_zones: bool,
+    /// `forNodes` is not empty.
+    #[serde(default, deserialize_with = "is_not_empty")]
+    pub for_nodes: bool,
+}
+
+fn is_not_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    let list: Vec<serde::de::IgnoredAny> = null_is_default(deserializer)?;
+    Ok(!list.is_empty())
 }
 
 /// `EndpointConditions`; what is absent has the API's meaning, see the methods.
@@ -274,6 +334,83 @@ pub struct Node {
     /// What the cluster assigned.
     #[serde(default, deserialize_with = "null_is_default")]
     pub spec: NodeSpec,
+    /// What the node told about itself.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub status: NodeStatus,
+}
+
+impl Node {
+    /// The pod ranges as they are written, `podCIDR` where there is only that.
+    pub fn pod_cidrs(&self) -> impl Iterator<Item = &str> {
+        let texts = if self.spec.pod_cidrs.is_empty() {
+            std::slice::from_ref(&self.spec.pod_cidr)
+        } else {
+            self.spec.pod_cidrs.as_slice()
+        };
+        texts
+            .iter()
+            .map(String::as_str)
+            .filter(|text| !text.is_empty())
+    }
+
+    /// The addresses of a type, as they are written.
+    pub fn addresses_of(&self, kind: AddressKind) -> impl Iterator<Item = &str> {
+        self.status
+            .addresses
+            .iter()
+            .filter(move |address| address.kind == kind)
+            .map(|address| address.address.as_str())
+    }
+}
+
+/// `NodeStatus`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct NodeStatus {
+    /// Addresses and names of the node.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub addresses: Vec<NodeAddress>,
+}
+
+/// `NodeAddress`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct NodeAddress {
+    /// What it is.
+    #[serde(default, rename = "type", deserialize_with = "null_is_default")]
+    pub kind: AddressKind,
+    /// The address or name.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub address: String,
+}
+
+/// `NodeAddress.type`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum AddressKind {
+    /// An address by which nodes reach one another.
+    InternalIP,
+    /// An address by which the world reaches the node.
+    ExternalIP,
+    /// A name, or a type that this version does not know.
+    #[default]
+    #[serde(other)]
+    Other,
+}
+
+/// `networking.k8s.io/v1` ServiceCIDR.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct ServiceCidr {
+    /// Its name.
+    pub metadata: ObjectMeta,
+    /// What is asked for.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub spec: ServiceCidrSpec,
+}
+
+/// `ServiceCIDRSpec`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct ServiceCidrSpec {
+    /// Ranges out of which cluster addresses of Services are given.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub cidrs: Vec<String>,
 }
 
 /// `NodeSpec`.
@@ -296,6 +433,8 @@ pub enum Kind {
     EndpointSlice,
     /// `core/v1` Node.
     Node,
+    /// `networking.k8s.io/v1` ServiceCIDR.
+    ServiceCidr,
 }
 
 impl Kind {
@@ -306,6 +445,9 @@ impl Kind {
             ("v1", "Service") => Some(Self::Service),
             ("discovery.k8s.io/v1", "EndpointSlice") => Some(Self::EndpointSlice),
             ("v1", "Node") => Some(Self::Node),
+            ("networking.k8s.io/v1" | "networking.k8s.io/v1beta1", "ServiceCIDR") => {
+                Some(Self::ServiceCidr)
+            }
             _ => None,
         }
     }
@@ -317,6 +459,7 @@ impl fmt::Display for Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
         })
     }
 }
@@ -326,14 +469,14 @@ impl fmt::Display for Kind {
 pub struct ObjectKey {
     /// Its kind.
     pub kind: Kind,
-    /// Its name; the namespace of a Node is empty.
+    /// Its name; the namespace of what has none is empty.
     pub name: ObjectName,
 }
 
 impl fmt::Display for ObjectKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            Kind::Node => write!(f, "{} {}", self.kind, self.name.name),
+            Kind::Node | Kind::ServiceCidr => write!(f, "{} {}", self.kind, self.name.name),
             Kind::Service | Kind::EndpointSlice => write!(f, "{} {}", self.kind, self.name),
         }
     }
@@ -348,6 +491,8 @@ pub enum Object {
     EndpointSlice(EndpointSlice),
     /// A Node.
     Node(Node),
+    /// A ServiceCIDR.
+    ServiceCidr(ServiceCidr),
 }
 
 impl Object {
@@ -358,6 +503,10 @@ impl Object {
             Self::Service(service) => (Kind::Service, service.metadata.object_name()),
             Self::EndpointSlice(slice) => (Kind::EndpointSlice, slice.metadata.object_name()),
             Self::Node(node) => (Kind::Node, ObjectName::new("", &*node.metadata.name)),
+            Self::ServiceCidr(cidr) => {
+                let name = ObjectName::new("", &*cidr.metadata.name);
+                (Kind::ServiceCidr, name)
+            }
         };
         ObjectKey { kind, name }
     }

@@ -20,6 +20,10 @@ pub struct Observed {
     pub bound: BTreeSet<IpAddr>,
     /// Frontends whose replies pass the guard.
     pub allowed: BTreeSet<FrontendAddr>,
+    /// Frontends in the set of external ones.
+    pub external: BTreeSet<FrontendAddr>,
+    /// Addresses in the set of hairpins.
+    pub hairpins: BTreeSet<IpAddr>,
     /// Virtual services on our addresses.
     pub services: BTreeMap<FrontendAddr, VirtualService>,
 }
@@ -48,6 +52,18 @@ impl Observed {
             }
             Change::AllowFrontend(frontend) => {
                 self.allowed.insert(*frontend);
+            }
+            Change::AddExternal(frontend) => {
+                self.external.insert(*frontend);
+            }
+            Change::RemoveExternal(frontend) => {
+                self.external.remove(frontend);
+            }
+            Change::AddHairpin(ip) => {
+                self.hairpins.insert(*ip);
+            }
+            Change::RemoveHairpin(ip) => {
+                self.hairpins.remove(ip);
             }
             Change::AddService(frontend, scheduling)
             | Change::UpdateService(frontend, scheduling) => {

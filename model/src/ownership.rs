@@ -115,11 +115,24 @@ pub fn owns_host_veth(
 ///
 /// Proof is that its address is a VIP of ours: a VIP enters the guard's set in
 /// our nft table before its first virtual service is made and leaves it after
-/// the last one is gone, so this holds across a crash at any instruction.
+/// the last one is gone, so this holds across a crash at any instruction. At
+/// the node's own addresses others may have services too: there the proof is
+/// the frontend itself in the set of external ones, which keeps the same order.
 /// Services selected by firewall mark never reach this question: we make none.
 #[must_use]
-pub fn owns_virtual_service(frontend: &FrontendAddr, vips: &BTreeSet<IpAddr>) -> bool {
-    vips.contains(&frontend.ip)
+pub fn owns_virtual_service(
+    frontend: &FrontendAddr,
+    vips: &BTreeSet<IpAddr>,
+    external: &BTreeSet<FrontendAddr>,
+) -> bool {
+    vips.contains(&frontend.ip) || external.contains(frontend)
+}
+
+/// Whether a route leads to another node's pods and is ours: by its protocol
+/// number and because it has a gateway. Routes to this node's pods have none.
+#[must_use]
+pub fn owns_node_route(protocol: u8, has_gateway: bool) -> bool {
+    protocol == ROUTE_PROTOCOL && has_gateway
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use ferrule_model::kube::{
     ObjectKey, ObjectMeta, SERVICE_NAME_LABEL, Service, ServicePort, ServiceSpec,
 };
 use ferrule_model::names::ObjectName;
+use ferrule_model::network::NodeFacts;
 use ferrule_model::observed::Observed;
 use ferrule_model::service::{Scheduler, Scheduling, VirtualService};
 use proptest::prelude::*;
@@ -43,12 +44,13 @@ fn service_port() -> impl Strategy<Value = ServicePort> {
         0..2_u8,
         protocol(),
         prop::sample::select(vec![0_u16, 53, 80]),
+        prop::sample::select(vec![0_u16, 30_053, 30_080]),
     )
-        .prop_map(|(name, protocol, port)| ServicePort {
+        .prop_map(|(name, protocol, port, node_port)| ServicePort {
             name: format!("p{name}"),
             protocol,
             port,
-            node_port: 0,
+            node_port,
         })
 }
 
@@ -95,6 +97,7 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
                 terminating: Some(terminating),
             },
             node_name: Some(format!("n{}", host % 2)),
+            ..Endpoint::default()
         })
 }
 
@@ -159,12 +162,43 @@ struct World {
     desired: Desired,
 }
 
+/// Addresses of the node; one of them is also asked for as a VIP.
+fn facts() -> impl Strategy<Value = NodeFacts> {
+    let own = prop::sample::subsequence(
+        vec!["192.0.2.1", "192.0.2.2", "2001:db8::1", "fd00::2"],
+        0..5,
+    );
+    (own, any::<bool>()).prop_map(|(own, pods)| {
+        let own: BTreeSet<IpAddr> = own.into_iter().map(|ip| ip.parse().unwrap()).collect();
+        NodeFacts {
+            node_ports: own
+                .iter()
+                .copied()
+                .filter(|ip| ip.is_ipv4() || own.len() > 2)
+                .collect(),
+            own,
+            pods: pods
+                .then(|| "10.1.0.0/30".parse().unwrap())
+                .into_iter()
+                .collect(),
+        }
+    })
+}
+
 impl World {
     fn new() -> Self {
-        Self {
+        let mut world = Self {
             cluster: ClusterState::default(),
             desired: Desired::new("n0"),
-        }
+        };
+        let own: BTreeSet<IpAddr> = [[192, 0, 2, 1].into()].into();
+        let facts = NodeFacts {
+            node_ports: own.clone(),
+            own,
+            ..NodeFacts::default()
+        };
+        world.desired.set_facts(&world.cluster, facts);
+        world
     }
 
     fn take(&mut self, event: Event) -> Scope {
@@ -215,14 +249,20 @@ fn observed() -> impl Strategy<Value = Observed> {
         prop::collection::btree_set(ip.clone(), 0..4),
         prop::collection::btree_set(ip, 0..4),
         prop::collection::btree_set(addr.clone(), 0..4),
+        prop::collection::btree_set(addr.clone(), 0..4),
         prop::collection::btree_map(addr, service, 0..4),
+        prop::collection::btree_set((0..4_u8).prop_map(|n| IpAddr::from([10, 1, 0, n])), 0..3),
     )
-        .prop_map(|(guarded, bound, allowed, services)| Observed {
-            guarded,
-            bound,
-            allowed,
-            services,
-        })
+        .prop_map(
+            |(guarded, bound, allowed, external, services, hairpins)| Observed {
+                guarded,
+                bound,
+                allowed,
+                external,
+                hairpins,
+                services,
+            },
+        )
 }
 
 /// What the kernel should look like, straight from the definition.
@@ -234,7 +274,17 @@ fn wanted(desired: &Desired) -> Observed {
     Observed {
         guarded: desired.vips().collect(),
         bound: desired.vips().collect(),
-        allowed: services.keys().copied().collect(),
+        allowed: services
+            .keys()
+            .copied()
+            .filter(|addr| desired.is_vip(addr.ip))
+            .collect(),
+        external: desired
+            .frontends()
+            .filter(|(addr, _)| !desired.is_vip(addr.ip))
+            .map(|(addr, _)| addr)
+            .collect(),
+        hairpins: desired.hairpins().collect(),
         services,
     }
 }
@@ -258,8 +308,8 @@ fn carry_out(observed: &mut Observed, changes: &[Change]) -> Result<(), TestCase
             }
             Change::AddService(addr, _) => {
                 prop_assert!(
-                    observed.bound.contains(&addr.ip),
-                    "{change} on an unbound VIP"
+                    observed.bound.contains(&addr.ip) || observed.external.contains(addr),
+                    "{change} on an unbound VIP and without a proof"
                 );
                 prop_assert!(!observed.services.contains_key(addr), "{change} twice");
             }
@@ -274,8 +324,17 @@ fn carry_out(observed: &mut Observed, changes: &[Change]) -> Result<(), TestCase
                 let left = observed.services.get(addr).map_or(0, |s| s.servers.len());
                 prop_assert!(left > 0, "{change} left the service empty");
             }
+            Change::RemoveExternal(addr) => {
+                prop_assert!(
+                    !observed.services.contains_key(addr) || observed.bound.contains(&addr.ip),
+                    "{change} leaves a service without a proof"
+                );
+            }
             Change::RemoveService(_)
             | Change::DisallowFrontend(_)
+            | Change::AddExternal(_)
+            | Change::AddHairpin(_)
+            | Change::RemoveHairpin(_)
             | Change::GuardVip(_)
             | Change::AllowFrontend(_)
             | Change::UpdateService(..) => {}
@@ -323,6 +382,41 @@ proptest! {
     }
 
     #[test]
+    fn addresses_that_come_and_go_leave_no_trace(
+        before in events(),
+        facts in facts(),
+        after in events(),
+        observed in observed(),
+    ) {
+        let mut moved = World::new();
+        let mut scope = Scope::default();
+        let mut kernel = wanted(&moved.desired);
+        for event in &before {
+            scope.merge(moved.take(event.clone()));
+        }
+        scope.merge(moved.desired.set_facts(&moved.cluster, facts.clone()));
+        for event in &after {
+            scope.merge(moved.take(event.clone()));
+        }
+        let changes = diff(&moved.desired, &kernel, &scope);
+        carry_out(&mut kernel, &changes)?;
+        prop_assert_eq!(&kernel, &wanted(&moved.desired));
+
+        let mut fresh = World::new();
+        fresh.desired.set_facts(&fresh.cluster, facts);
+        for event in before.into_iter().chain(after) {
+            fresh.take(event);
+        }
+        prop_assert_eq!(&fresh.desired, &moved.desired);
+        let mut kernel = observed;
+        let changes = diff_all(&fresh.desired, &kernel);
+        for change in &changes {
+            kernel.record(change);
+        }
+        prop_assert_eq!(kernel, wanted(&fresh.desired));
+    }
+
+    #[test]
     fn a_change_at_a_time_ends_where_a_full_comparison_ends(events in events()) {
         let mut world = World::new();
         let mut kernel = Observed::default();
@@ -344,7 +438,7 @@ proptest! {
         for (addr, Frontend { service, .. }) in world.desired.frontends() {
             prop_assert!(holders.insert(addr));
             let said = world.desired.conditions_of(service);
-            let words = format!("{addr} is held by");
+            let words = format!(": {addr} is held by");
             prop_assert!(!said.iter().any(|c| c.message.contains(&words)), "{:?}", said);
         }
     }

@@ -58,6 +58,7 @@ fn endpoint(address: &str, state: char, node: &str) -> Endpoint {
             terminating: conditions[2],
         },
         node_name: Some(node.to_owned()),
+        ..Endpoint::default()
     }
 }
 
@@ -268,9 +269,9 @@ fn the_older_service_holds_an_address_and_then_the_first_by_name() {
         ],
         &expect![[r"
             10.96.0.10:80/TCP default/b Reject
-            ! Service default/a: AddressConflict: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
-            ! Service default/c: AddressConflict: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
-            ! Service default/d: AddressConflict: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
+            ! Service default/a: AddressConflict: spec.clusterIPs: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
+            ! Service default/c: AddressConflict: spec.clusterIPs: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
+            ! Service default/d: AddressConflict: spec.clusterIPs: 10.96.0.10:80/TCP is held by Service default/b, which is older or comes first by name; give one of the two another address or port
         "]],
     );
 }
@@ -287,13 +288,12 @@ fn what_cannot_be_served_is_said() {
         vec![Object::Service(web), Object::EndpointSlice(wrong)],
         &expect![[r#"
             10.96.0.10:80/TCP default/web Reject
-            ! Service default/web: InvalidAddress: spec.clusterIPs: "10.96.0" is not an IP address; the address is not served
-            ! Service default/web: InvalidAddress: spec.clusterIPs: "::ffff:10.0.0.1" is an IPv4-mapped IPv6 address, write it as plain IPv4; the address is not served
+            ! Service default/web: InvalidAddress: spec.clusterIPs: "10.96.0" is not an IP address; the address is not served, correct it
+            ! Service default/web: InvalidAddress: spec.clusterIPs: "::ffff:10.0.0.1" is an IPv4-mapped IPv6 address, write it as plain IPv4; the address is not served, correct it
             ! Service default/web: InvalidPort: spec.ports[].port is 0; give a number from 1 to 65535
-            ! Service default/web: DuplicatePort: spec.ports[]: 80/TCP stands twice, the first is served; remove the other
-            ! Service default/web: Unsupported: spec.externalIPs: external addresses are not served; the ClusterIPs of the Service are served
-            ! Service default/web: Unsupported: spec.ports[].nodePort: node ports are not served; the ClusterIPs of the Service are served
-            ! Service default/web: Unsupported: spec.sessionAffinity: connections are spread without affinity; the ClusterIPs of the Service are served
+            ! Service default/web: DuplicatePort: spec.ports[].port: 80/TCP stands twice, the first is served; remove the other
+            ! Service default/web: Unsupported: spec.externalIPs: external addresses are not served by this version; the rest of the Service is served
+            ! Service default/web: Unsupported: spec.sessionAffinity: connections are spread without affinity by this version; the rest of the Service is served
         "#]],
     );
 }

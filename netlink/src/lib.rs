@@ -8,14 +8,16 @@
 //! line in a log.
 //!
 //! A [`Socket`] belongs to the network namespace in which the calling thread
-//! was when it was opened.
+//! was when it was opened, and so does a [`Monitor`], which hears what changes.
 
 mod error;
 pub mod generic;
 mod message;
+mod monitor;
 pub mod route;
 mod socket;
 
 pub use error::Error;
 pub use message::RawMessage;
+pub use monitor::Monitor;
 pub use socket::{MAX_BATCH, Protocol, Socket};

@@ -30,7 +30,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const DUMP_ATTEMPTS: u32 = 5;
 
 /// Receive and send buffer, in bytes, where we may raise them.
-const BUFFER: usize = 4 * 1024 * 1024;
+pub(crate) const BUFFER: usize = 4 * 1024 * 1024;
 
 /// `NLMSGERR_ATTR_MSG` of `linux/netlink.h`.
 const ERROR_ATTRIBUTE_MESSAGE: u16 = 1;
@@ -438,7 +438,7 @@ fn overrun(stray: &Message) -> Result<(), Error> {
     }
 }
 
-fn size_buffers(socket: &netlink_sys::Socket, bytes: usize) {
+pub(crate) fn size_buffers(socket: &netlink_sys::Socket, bytes: usize) {
     use rustix::net::sockopt;
     // The forced variants need CAP_NET_ADMIN and go beyond the limits of net.core, which are
     // 208 kB as distributions have them.

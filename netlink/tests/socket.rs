@@ -10,7 +10,7 @@ use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use ferrule_netlink::{Error, MAX_BATCH, Protocol, RawMessage, Socket, generic, route};
+use ferrule_netlink::{Error, MAX_BATCH, Monitor, Protocol, RawMessage, Socket, generic, route};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -181,5 +181,37 @@ fn a_transaction_is_all_or_nothing() {
             .await
             .unwrap();
         assert_eq!(socket.dump(list()).await.unwrap().len(), 2);
+    });
+}
+
+#[test]
+fn a_monitor_hears_of_addresses_that_come_and_go() {
+    in_namespace(|| async {
+        let mut monitor = Monitor::open().unwrap();
+        let socket = Socket::open(Protocol::Route).unwrap();
+        // Nothing has happened, and a wait that is given up takes nothing.
+        let soon = Duration::from_millis(20);
+        assert!(tokio::time::timeout(soon, monitor.next()).await.is_err());
+        socket.request(address(1), MAKE).await.unwrap();
+        let mut gone = address(1);
+        gone.message_type += 1;
+        socket.request(gone, 0).await.unwrap();
+        // The device is down, so that no route comes or goes with its address.
+        let mut heard = Vec::new();
+        while heard.len() < 2 {
+            let news = tokio::time::timeout(Duration::from_secs(5), monitor.next()).await;
+            for message in news.unwrap().unwrap() {
+                let (kind, message) = match message {
+                    RouteNetlinkMessage::NewAddress(message) => ("new", message),
+                    RouteNetlinkMessage::DelAddress(message) => ("gone", message),
+                    _ => continue,
+                };
+                let ip = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+                assert!(message.attributes.contains(&AddressAttribute::Local(ip)));
+                heard.push(kind);
+            }
+        }
+        assert_eq!(heard, ["new", "gone"]);
+        assert!(tokio::time::timeout(soon, monitor.next()).await.is_err());
     });
 }

@@ -101,6 +101,16 @@ fn show(folder: &Path, teller: &mut Teller<'_, impl Write>) -> anyhow::Result<()
     teller.done(&format!("web-3 answers {}", after(started)))?;
     calls(&client, teller, &["web-1", "web-2", "web-3"])?;
 
+    teller.chapter("Status", "what an operator asks first")?;
+    let program = context.binary("ferrule-agent")?;
+    let program = program.to_str().context("a path in UTF-8")?;
+    let socket = node.socket();
+    let socket = socket.to_str().context("a path in UTF-8")?;
+    let text = node
+        .netns()
+        .output(program, &["status", "--socket", socket])?;
+    teller.kernel("ferrule-agent status", &text)?;
+
     teller.chapter("Everything removed", "pods, Service, agent")?;
     drop(backends);
     for pod in [&web1, &web2, &web3, &client] {

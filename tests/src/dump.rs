@@ -134,6 +134,36 @@ fn vip_device(namespace: &Netns) -> anyhow::Result<Value> {
         .with_context(|| format!("no {VIP_DEVICE} in {text}"))
 }
 
+/// The main table's routes of both families, IPv4 first, each as
+/// `10.244.2.0/24 via 192.0.2.3 dev uplink proto 101`, in the kernel's order.
+///
+/// # Errors
+/// When `ip` fails.
+pub fn routes(namespace: &Netns) -> anyhow::Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for family in ["-4", "-6"] {
+        let text = namespace.output("ip", &["-j", "-N", family, "route", "show"])?;
+        let routes: Vec<Value> = serde_json::from_str(&text)?;
+        for route in &routes {
+            let mut line = word(&route["dst"]);
+            for (keyword, field) in [("via", "gateway"), ("dev", "dev"), ("proto", "protocol")] {
+                if let Some(value) = route.get(field) {
+                    write!(line, " {keyword} {}", word(value))?;
+                }
+            }
+            lines.push(line);
+        }
+    }
+    Ok(lines)
+}
+
+/// A string or number of JSON without quotation marks.
+fn word(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
 /// `nft -j list table inet NAME`: one object a line, elements of sets in order.
 ///
 /// # Errors

@@ -20,13 +20,20 @@ pub fn check(name: &str, actual: &str) -> anyhow::Result<()> {
     if expected == actual {
         return Ok(());
     }
-    let diff = TextDiff::from_lines(expected.as_str(), actual);
     bail!(
         "{name} differs; if that is right, UPDATE_GOLDEN=1 writes it\n{}",
-        diff.unified_diff()
-            .context_radius(2)
-            .header("golden", "kernel")
+        difference(&expected, actual)
     )
+}
+
+/// The lines in which two texts differ, with their neighbours.
+#[must_use]
+pub fn difference(expected: &str, actual: &str) -> String {
+    TextDiff::from_lines(expected, actual)
+        .unified_diff()
+        .context_radius(2)
+        .header("expected", "kernel")
+        .to_string()
 }
 
 fn folder() -> PathBuf {

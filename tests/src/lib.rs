@@ -9,7 +9,8 @@
 //! are a node with the agent and a pod that the plugin made, [`dump`] reads the
 //! kernel back, [`golden`] compares.
 //!
-//! Nothing here but `cases::codec` uses Ferrule's own crates: the agent is known by its command
+//! Nothing here but `cases::codec` and what speaks through the agent's socket
+//! (`cases::socket`, `cases::walk`) uses Ferrule's own crates: the agent is known by its command
 //! line, the plugin by the CNI specification, both by what the kernel then holds.
 //! Namespaces, mounts and sockets are made by system call; programs such as
 //! `ip` serve to set up and to read back, because under emulation each start of
@@ -25,6 +26,7 @@ pub mod netns;
 pub mod node;
 pub mod pod;
 pub mod process;
+pub mod random;
 pub mod runner;
 pub mod sock;
 pub mod wait;

@@ -15,7 +15,7 @@ use rustix::process::Signal;
 
 use crate::context::Context;
 use crate::netns::Netns;
-use crate::process::Process;
+use crate::process::{Process, Usage};
 use crate::wait;
 
 /// How long the agent may take to start or to stop.
@@ -23,6 +23,30 @@ const AGENT: Duration = Duration::from_mins(1);
 
 /// The pod ranges of a node unless a test wants others.
 pub const POD_RANGES: [&str; 2] = ["10.244.1.0/24", "fd00:10:244:1::/64"];
+
+/// The Node object of a node with these pod ranges and addresses, as YAML.
+/// An address is its type and itself, such as `("InternalIP", "192.0.2.1")`.
+#[must_use]
+pub fn manifest(name: &str, ranges: &[&str], addresses: &[(&str, &str)]) -> String {
+    let ranges: Vec<String> = ranges.iter().map(|range| format!("{range:?}")).collect();
+    let addresses: Vec<String> = addresses
+        .iter()
+        .map(|(kind, address)| format!("{{type: {kind}, address: {address:?}}}"))
+        .collect();
+    format!(
+        "apiVersion: v1
+kind: Node
+metadata:
+  name: {name}
+spec:
+  podCIDRs: [{}]
+status:
+  addresses: [{}]
+",
+        ranges.join(", "),
+        addresses.join(", ")
+    )
+}
 
 /// A node. Dropping it kills the agent and takes the namespace away.
 #[derive(Debug)]
@@ -56,18 +80,12 @@ impl Node {
             folder,
             program: context.binary("ferrule-agent")?,
         };
-        let ranges: Vec<String> = ranges.iter().map(|range| format!("{range:?}")).collect();
-        node.write_manifest(
-            "node.yaml",
-            &format!(
-                "apiVersion: v1\nkind: Node\nmetadata:\n  name: {name}\nspec:\n  podCIDRs: [{}]\n",
-                ranges.join(", ")
-            ),
-        )?;
+        node.write_manifest("node.yaml", &manifest(name, ranges, &[]))?;
         Ok(node)
     }
 
-    /// Starts the agent and waits until it takes calls.
+    /// Starts the agent, with what [`Node::write_config`] wrote, and waits until
+    /// it takes calls.
     ///
     /// # Errors
     /// When it runs already, ends, or takes too long.
@@ -87,7 +105,11 @@ impl Node {
             .arg("--state-dir")
             .arg(self.state())
             .arg("--socket")
-            .arg(self.socket())
+            .arg(self.socket());
+        if self.config().exists() {
+            command.arg("--config").arg(self.config());
+        }
+        command
             .env("FERRULE_LOG", "debug")
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())
@@ -136,6 +158,29 @@ impl Node {
             Some(status) => bail!("the agent ended: {status}"),
             None => Ok(()),
         }
+    }
+
+    /// Writes the agent's configuration, which takes effect at its next start.
+    /// A node without one has an agent without `--config`.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write_config(&self, yaml: &str) -> anyhow::Result<()> {
+        let path = self.config();
+        fs::write(&path, yaml).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// What the kernel tells of the agent's process, by its identifier.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn usage(&self) -> anyhow::Result<Usage> {
+        let pid = self
+            .agent()
+            .as_ref()
+            .context("the agent does not run")?
+            .id();
+        Usage::of(pid)
     }
 
     /// Writes a manifest as an editor does: whole, under another name, then renamed.
@@ -193,8 +238,14 @@ impl Node {
         self.folder.join("state")
     }
 
-    fn manifests(&self) -> PathBuf {
+    /// The folder of manifests that the agent watches.
+    #[must_use]
+    pub fn manifests(&self) -> PathBuf {
         self.folder.join("manifests")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.folder.join("config.yaml")
     }
 
     fn log_file(&self) -> PathBuf {

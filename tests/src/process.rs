@@ -1,6 +1,7 @@
 //! Programs that run beside a test, and are gone when it ends.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -35,6 +36,12 @@ impl Process {
             running().insert(pid.as_raw_nonzero().get());
         }
         Ok(Self { child, what })
+    }
+
+    /// Its process identifier.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a signal.
@@ -87,6 +94,33 @@ impl Drop for Process {
         if let Some(pid) = pid_of(&self.child) {
             running().remove(&pid.as_raw_nonzero().get());
         }
+    }
+}
+
+/// What a process takes of the machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// Memory that it has in RAM, in KiB.
+    pub resident: u64,
+    /// Descriptors that it has open.
+    pub descriptors: usize,
+}
+
+impl Usage {
+    /// Of the process with this identifier.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn of(pid: u32) -> anyhow::Result<Self> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next())
+            .with_context(|| format!("process {pid} has no VmRSS"))?;
+        Ok(Self {
+            resident: resident.parse()?,
+            descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
+        })
     }
 }
 

@@ -125,11 +125,28 @@ impl Server {
     /// # Errors
     /// When one of the four cannot be bound.
     pub fn everywhere(namespace: &Netns, name: &str, port: u16) -> anyhow::Result<Vec<Self>> {
+        Self::at(
+            namespace,
+            name,
+            &WILDCARDS.map(|ip| SocketAddr::new(ip, port)),
+        )
+    }
+
+    /// Starts one for each transport at each of some addresses. On a wildcard
+    /// address, a host with several does not always send a datagram back from
+    /// the one that was asked.
+    ///
+    /// # Errors
+    /// When one of them cannot be bound.
+    pub fn at(
+        namespace: &Netns,
+        name: &str,
+        addresses: &[SocketAddr],
+    ) -> anyhow::Result<Vec<Self>> {
         let mut servers = Vec::new();
         for transport in TRANSPORTS {
-            for address in WILDCARDS {
-                let address = SocketAddr::new(address, port);
-                servers.push(Self::start(namespace, name, transport, address)?);
+            for address in addresses {
+                servers.push(Self::start(namespace, name, transport, *address)?);
             }
         }
         Ok(servers)
@@ -151,12 +168,31 @@ impl Drop for Server {
     }
 }
 
-fn listen(transport: Transport, address: SocketAddr) -> anyhow::Result<Listener> {
+fn new_socket(transport: Transport, address: SocketAddr) -> io::Result<Socket> {
     let (kind, protocol) = match transport {
         Transport::Tcp => (Type::STREAM, Protocol::TCP),
         Transport::Udp => (Type::DGRAM, Protocol::UDP),
     };
-    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+    Socket::new(Domain::for_address(address), kind, Some(protocol))
+}
+
+/// A socket that may call `to`, from a port of its own if one is wanted. Several
+/// may share the port, to several targets.
+fn client_socket(transport: Transport, to: SocketAddr, port: Option<u16>) -> io::Result<Socket> {
+    let socket = new_socket(transport, to)?;
+    if let Some(port) = port {
+        let any = match to {
+            SocketAddr::V4(_) => WILDCARDS[0],
+            SocketAddr::V6(_) => WILDCARDS[1],
+        };
+        socket.set_reuse_address(true)?;
+        socket.bind(&SocketAddr::new(any, port).into())?;
+    }
+    Ok(socket)
+}
+
+fn listen(transport: Transport, address: SocketAddr) -> anyhow::Result<Listener> {
+    let socket = new_socket(transport, address)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
@@ -264,6 +300,8 @@ pub struct Request {
     pub to: SocketAddr,
     /// What; servers remember it.
     pub word: String,
+    /// The port it is sent from; the kernel's choice if there is none.
+    pub local_port: Option<u16>,
 }
 
 impl Request {
@@ -276,7 +314,16 @@ impl Request {
             transport,
             to,
             word: format!("word-{number}"),
+            local_port: None,
         }
+    }
+
+    /// The same from a port of the client's choice. It may be sent to each
+    /// target once: TCP keeps the pair of addresses for a minute after its end.
+    #[must_use]
+    pub fn bound_to(mut self, port: Option<u16>) -> Self {
+        self.local_port = port;
+        self
     }
 
     /// Sends it from a namespace and waits for what becomes of it.
@@ -287,9 +334,10 @@ impl Request {
         from.run(|| self.send_here(limit))
     }
 
-    fn send_here(&self, limit: Duration) -> anyhow::Result<Outcome> {
+    /// Sends it from the calling thread's namespace.
+    pub(crate) fn send_here(&self, limit: Duration) -> anyhow::Result<Outcome> {
         match self.transport {
-            Transport::Tcp => match Connection::open_here(self.to, limit) {
+            Transport::Tcp => match Connection::open_here(self.to, self.local_port, limit) {
                 Ok(mut connection) => connection.ask(&self.word, limit),
                 Err(error) => outcome_of(error),
             },
@@ -298,11 +346,7 @@ impl Request {
     }
 
     fn send_datagram(&self, limit: Duration) -> io::Result<Outcome> {
-        let any = match self.to {
-            SocketAddr::V4(_) => WILDCARDS[0],
-            SocketAddr::V6(_) => WILDCARDS[1],
-        };
-        let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+        let socket: UdpSocket = client_socket(self.transport, self.to, self.local_port)?.into();
         // Connected, so that ICMP errors come back as errors.
         socket.connect(self.to)?;
         let end = Instant::now() + limit;
@@ -312,7 +356,11 @@ impl Request {
                 return Ok(Outcome::TimedOut);
             }
             socket.set_read_timeout(Some(left.min(RESEND)))?;
-            socket.send(format!("{}\n", self.word).as_bytes())?;
+            if let Err(error) = socket.send(format!("{}\n", self.word).as_bytes()) {
+                // Where a filter of the client's own output rejects, sending fails
+                // as where it drops; only then is there an ICMP error as well.
+                return Err(socket.take_error()?.unwrap_or(error));
+            }
             let mut datagram = [0; 512];
             match socket.recv(&mut datagram) {
                 Ok(length) => return parse_answer(&datagram[..length]),
@@ -359,11 +407,13 @@ impl Connection {
     /// # Errors
     /// When it is refused or takes too long.
     pub fn open(from: &Netns, to: SocketAddr) -> anyhow::Result<Self> {
-        from.run(|| Self::open_here(to, ANSWER).with_context(|| format!("connect to {to}")))
+        from.run(|| Self::open_here(to, None, ANSWER).with_context(|| format!("connect to {to}")))
     }
 
-    fn open_here(to: SocketAddr, limit: Duration) -> io::Result<Self> {
-        let stream = TcpStream::connect_timeout(&to, limit)?;
+    fn open_here(to: SocketAddr, port: Option<u16>, limit: Duration) -> io::Result<Self> {
+        let socket = client_socket(Transport::Tcp, to, port)?;
+        socket.connect_timeout(&to.into(), limit)?;
+        let stream = TcpStream::from(socket);
         stream.set_nodelay(true)?;
         Ok(Self { stream })
     }

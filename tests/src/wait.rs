@@ -7,7 +7,7 @@ use anyhow::bail;
 
 /// How long a change may take to reach the kernel. The agent promises a second;
 /// an emulated machine is ten to twenty times slower than a real one.
-pub const SETTLED: Duration = Duration::from_secs(30);
+pub const SETTLED: Duration = Duration::from_mins(1);
 
 /// Waits until `look` returns something, and returns it.
 ///

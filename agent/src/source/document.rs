@@ -5,22 +5,58 @@
 
 use std::fmt;
 
-use ferrule_model::kube::{Kind, Object, ObjectKey};
+use ferrule_model::kube::{Kind, Object, ObjectKey, namespace};
 use ferrule_model::names::ObjectName;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_saphyr::{Options, options};
+
+/// Most nodes and parser events of one document. The parser's own limit would
+/// refuse a `kind: List` of a few thousand objects; the size of a file is
+/// bounded already, and aliases, which are what can blow a document up, keep
+/// the parser's limits.
+const MAX_NODES: usize = 64 * 1024 * 1024;
 
 /// What is wrong with one document.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct DocumentError {
     /// Line in the file, from 1.
     pub(crate) line: u64,
     /// The object, where its kind and name could be read.
-    pub(crate) object: Option<ObjectKey>,
-    /// Path of the field, such as `spec.ports[0].port`; empty where the YAML itself is broken.
+    pub(crate) object: Option<Box<ObjectKey>>,
+    /// Place within a `kind: List`, such as `items[3]`; empty outside of one.
+    pub(crate) item: String,
+    /// Path of the field, such as `spec.ports[0].port`; empty where there is none.
     pub(crate) field: String,
     /// What is wrong with it.
     pub(crate) message: String,
+    /// The text is no YAML at all.
+    pub(crate) syntax: bool,
+}
+
+impl DocumentError {
+    /// Field and what is wrong with it. An object is found by its name; what has
+    /// none is told by its place in the list.
+    pub(crate) fn about_field(&self) -> String {
+        let item = if self.object.is_none() {
+            &self.item
+        } else {
+            ""
+        };
+        self.at(item)
+    }
+
+    fn at(&self, item: &str) -> String {
+        let path: Vec<&str> = [item, &self.field]
+            .into_iter()
+            .filter(|part| !part.is_empty())
+            .collect();
+        if path.is_empty() {
+            self.message.clone()
+        } else {
+            format!("{}: {}", path.join("."), self.message)
+        }
+    }
 }
 
 impl fmt::Display for DocumentError {
@@ -29,10 +65,7 @@ impl fmt::Display for DocumentError {
         if let Some(object) = &self.object {
             write!(f, "{object}: ")?;
         }
-        if !self.field.is_empty() {
-            write!(f, "{}: ", self.field)?;
-        }
-        f.write_str(&self.message)
+        f.write_str(&self.at(&self.item))
     }
 }
 
@@ -45,21 +78,23 @@ pub(crate) struct Parsed {
     pub(crate) errors: Vec<DocumentError>,
 }
 
+/// What tells an object from others. Every value may be null or absent: most
+/// documents are none of our business, whatever stands in them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct TypeMeta {
     #[serde(default)]
-    api_version: String,
+    api_version: Option<String>,
     #[serde(default)]
-    kind: String,
+    kind: Option<String>,
     #[serde(default)]
-    metadata: NameOnly,
+    metadata: Option<NameOnly>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 struct NameOnly {
     #[serde(default)]
-    name: String,
+    name: Option<String>,
     #[serde(default)]
     namespace: Option<String>,
 }
@@ -67,19 +102,23 @@ struct NameOnly {
 /// The items of a `kind: List`, each as a document of its own.
 #[derive(Debug, Deserialize)]
 struct List<T> {
-    items: Vec<T>,
+    #[serde(default)]
+    items: Option<Vec<T>>,
 }
 
 /// Parses a whole file of YAML or JSON.
 pub(crate) fn parse(text: &str) -> Parsed {
     let mut parsed = Parsed::default();
+    // An editor's byte order mark would hide a `---` behind it.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     for (first_line, document) in split(text) {
-        if let Err(error) = parse_document(document, &mut parsed) {
-            parsed.errors.push(DocumentError {
-                line: error.line + first_line - 1,
-                ..error
-            });
-        }
+        let of_document = parse_document(document);
+        parsed.objects.extend(of_document.objects);
+        let errors = of_document.errors.into_iter();
+        parsed.errors.extend(errors.map(|error| DocumentError {
+            line: error.line + first_line - 1,
+            ..error
+        }));
     }
     parsed
 }
@@ -104,60 +143,77 @@ fn split(text: &str) -> Vec<(u64, &str)> {
     documents
 }
 
+/// Whether there is no object in it: comments, markers and `%YAML` at most.
 fn is_blank(document: &str) -> bool {
     document.lines().all(|line| {
-        let line = line.trim_start();
-        line.is_empty() || line.starts_with('#') || line.starts_with("...")
+        let content = line.trim_start();
+        content.is_empty()
+            || content.starts_with('#')
+            || content.starts_with("...")
+            || line.starts_with('%')
     })
 }
 
-fn parse_document(document: &str, parsed: &mut Parsed) -> Result<(), DocumentError> {
-    let meta: TypeMeta = typed(document, None)?;
-    if meta.kind == "List" && meta.api_version == "v1" {
-        return parse_list(document, parsed);
+fn parse_document(document: &str) -> Parsed {
+    let mut parsed = Parsed::default();
+    if let Err(error) = parse_into(document, &mut parsed) {
+        parsed.errors.push(error);
     }
-    let Some(kind) = Kind::from_type_meta(&meta.api_version, &meta.kind) else {
-        if meta.kind.is_empty() || meta.api_version.is_empty() {
+    parsed
+}
+
+fn parse_into(document: &str, parsed: &mut Parsed) -> Result<(), DocumentError> {
+    let meta: TypeMeta = typed(document, None).map_err(|error| DocumentError {
+        message: if error.syntax || !error.field.is_empty() {
+            error.message
+        } else {
+            "is no Kubernetes object; write a mapping with apiVersion and kind".to_owned()
+        },
+        ..error
+    })?;
+    let kind = meta.kind.unwrap_or_default();
+    let api_version = meta.api_version.unwrap_or_default();
+    for (field, value) in [("kind", &kind), ("apiVersion", &api_version)] {
+        if value.is_empty() {
             return Err(DocumentError {
                 line: 1,
-                object: None,
-                field: if meta.kind.is_empty() {
-                    "kind"
-                } else {
-                    "apiVersion"
-                }
-                .to_owned(),
+                field: field.to_owned(),
                 message: "is missing; every Kubernetes object has it".to_owned(),
+                ..DocumentError::default()
             });
         }
-        // Other kinds and API groups are none of our business.
+    }
+    if kind == "List" && api_version == "v1" {
+        return parse_list(document, parsed);
+    }
+    // Other kinds and API groups are none of our business.
+    let Some(kind) = Kind::from_type_meta(&api_version, &kind) else {
         return Ok(());
     };
-    let key = key_of(kind, &meta)?;
+    let key = key_of(kind, meta.metadata.unwrap_or_default())?;
     parsed
         .objects
         .push(typed_object(kind, document, Some(&key))?);
     Ok(())
 }
 
-fn key_of(kind: Kind, meta: &TypeMeta) -> Result<ObjectKey, DocumentError> {
-    if meta.metadata.name.is_empty() {
+fn key_of(kind: Kind, metadata: NameOnly) -> Result<ObjectKey, DocumentError> {
+    let name = metadata.name.unwrap_or_default();
+    if name.is_empty() {
         return Err(DocumentError {
             line: 1,
-            object: None,
             field: "metadata.name".to_owned(),
             message: format!("is missing in a {kind}"),
+            ..DocumentError::default()
         });
     }
     let namespace = match kind {
-        Kind::Node => "",
-        Kind::Service | Kind::EndpointSlice => {
-            meta.metadata.namespace.as_deref().unwrap_or("default")
-        }
+        Kind::Node | Kind::ServiceCidr => "",
+        Kind::Service | Kind::EndpointSlice => namespace(metadata.namespace.as_deref()),
     };
     Ok(ObjectKey {
         kind,
-        name: ObjectName::new(namespace, &*meta.metadata.name),
+        name: ObjectName::new(namespace, name),
     })
 }
 
@@ -165,14 +221,19 @@ fn key_of(kind: Kind, meta: &TypeMeta) -> Result<ObjectKey, DocumentError> {
 /// of them leaves the others alone; the line is then that of the list.
 fn parse_list(document: &str, parsed: &mut Parsed) -> Result<(), DocumentError> {
     let list: List<serde_json::Value> = typed(document, None)?;
-    for (index, item) in list.items.iter().enumerate() {
-        if let Err(error) = parse_document(&item.to_string(), parsed) {
-            parsed.errors.push(DocumentError {
-                line: 1,
-                field: format!("items[{index}].{}", error.field),
-                ..error
-            });
-        }
+    for (index, item) in list.items.unwrap_or_default().iter().enumerate() {
+        let of_item = parse_document(&item.to_string());
+        parsed.objects.extend(of_item.objects);
+        let errors = of_item.errors.into_iter();
+        parsed.errors.extend(errors.map(|error| DocumentError {
+            line: 1,
+            item: if error.item.is_empty() {
+                format!("items[{index}]")
+            } else {
+                format!("items[{index}].{}", error.item)
+            },
+            ..error
+        }));
     }
     Ok(())
 }
@@ -186,18 +247,32 @@ fn typed_object(
         Kind::Service => Object::Service(typed(document, key)?),
         Kind::EndpointSlice => Object::EndpointSlice(typed(document, key)?),
         Kind::Node => Object::Node(typed(document, key)?),
+        Kind::ServiceCidr => Object::ServiceCidr(typed(document, key)?),
     })
+}
+
+fn parser_options() -> Options {
+    options! {
+        budget: serde_saphyr::budget! {
+            max_events: 2 * MAX_NODES,
+            max_nodes: MAX_NODES,
+        },
+    }
 }
 
 fn typed<T: DeserializeOwned>(document: &str, key: Option<&ObjectKey>) -> Result<T, DocumentError> {
     let mut field = String::new();
-    let result = serde_saphyr::with_deserializer_from_str(document, |deserializer| {
-        serde_path_to_error::deserialize(deserializer).map_err(|error| {
-            let path = error.path().to_string();
-            field = if path == "." { String::new() } else { path };
-            error.into_inner()
-        })
-    });
+    let result = serde_saphyr::with_deserializer_from_str_with_options(
+        document,
+        parser_options(),
+        |deserializer| {
+            serde_path_to_error::deserialize(deserializer).map_err(|error| {
+                let path = error.path().to_string();
+                field = if path == "." { String::new() } else { path };
+                error.into_inner()
+            })
+        },
+    );
     result.map_err(|error: serde_saphyr::Error| {
         let error = error.without_snippet();
         let text = error.to_string();
@@ -206,11 +281,17 @@ fn typed<T: DeserializeOwned>(document: &str, key: Option<&ObjectKey>) -> Result
         let words = words
             .split_once(" at line ")
             .map_or(words, |(words, _)| words);
+        let anything: Result<IgnoredAny, serde_saphyr::Error> =
+            serde_saphyr::from_str_with_options(document, parser_options());
+        let syntax = anything.is_err();
         DocumentError {
             line: error.location().map_or(1, |location| location.line()),
-            object: key.cloned(),
-            field,
+            object: key.cloned().map(Box::new),
+            item: String::new(),
+            // Where the parser stood when the text ended being YAML says nothing.
+            field: if syntax { String::new() } else { field },
             message: words.to_owned(),
+            syntax,
         }
     })
 }
@@ -286,10 +367,17 @@ data: {text: \"x\"}
         ]}"#;
         let parsed = parse(list);
         assert_eq!(parsed.objects.len(), 1);
-        let fields: Vec<&str> = parsed.errors.iter().map(|e| e.field.as_str()).collect();
+        let places: Vec<(&str, &str)> = parsed
+            .errors
+            .iter()
+            .map(|e| (&*e.item, &*e.field))
+            .collect();
         assert_eq!(
-            fields,
-            ["items[1].spec.ports[0].port", "items[2].metadata.name"]
+            places,
+            [
+                ("items[1]", "spec.ports[0].port"),
+                ("items[2]", "metadata.name")
+            ]
         );
         assert_eq!(
             parse("kind: Service\nmetadata: {name: x}\n").errors[0].field,

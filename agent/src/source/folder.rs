@@ -61,10 +61,47 @@ impl Stamp {
 struct File {
     stamp: Stamp,
     objects: BTreeMap<ObjectKey, Object>,
-    /// What is wrong with it, in words.
-    problems: Vec<String>,
+    /// What is wrong with it.
+    problems: Vec<Problem>,
+    /// Objects that it defines more than once; the last one counts.
+    repeated: BTreeSet<ObjectKey>,
     /// Something in it could not be read and has no last good state.
     unknown: bool,
+}
+
+/// What is below a folder.
+#[derive(Debug, Default)]
+struct Tree {
+    /// The folder itself and those below it.
+    folders: Vec<PathBuf>,
+    /// Manifests, by path.
+    manifests: BTreeMap<PathBuf, Stamp>,
+    /// Folders below it that cannot be listed, and why.
+    closed: BTreeMap<PathBuf, io::Error>,
+}
+
+/// What is wrong with a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// The object, where that could be read.
+    pub(crate) object: Option<ObjectKey>,
+    /// What is wrong: line, object, field.
+    pub(crate) words: String,
+    /// The same without the line: field and what is wrong with it.
+    pub(crate) about_field: String,
+    /// Nothing could be made of it: not even YAML, or not to be read at all.
+    pub(crate) fatal: bool,
+}
+
+/// What is to be said about the folder as it is now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Report {
+    /// What is wrong with the folder itself.
+    pub(crate) folder: Option<String>,
+    /// By file.
+    pub(crate) problems: Vec<(PathBuf, Problem)>,
+    /// Objects that are defined more than once, and the file whose definition counts.
+    pub(crate) repeated: Vec<(ObjectKey, PathBuf)>,
 }
 
 /// The folder and what was last told about it.
@@ -74,6 +111,8 @@ pub(crate) struct Folder {
     files: BTreeMap<PathBuf, File>,
     /// Which files define an object; the last one counts.
     definitions: BTreeMap<ObjectKey, BTreeSet<PathBuf>>,
+    /// Subfolders that [`Folder::scan_once`] had to leave out, and why.
+    closed: BTreeMap<PathBuf, String>,
     complete: bool,
 }
 
@@ -92,6 +131,7 @@ impl Folder {
             root,
             files: BTreeMap::new(),
             definitions: BTreeMap::new(),
+            closed: BTreeMap::new(),
             complete: false,
         }
     }
@@ -104,9 +144,57 @@ impl Folder {
     /// Compares the folder with what was last told.
     ///
     /// # Errors
-    /// When the folder cannot be listed; nothing is then told as gone.
+    /// When the folder or one below it cannot be listed; nothing is then told as gone.
     pub(crate) fn scan(&mut self) -> io::Result<Scan> {
-        let found = list(&self.root)?;
+        let found = Tree::below(&self.root)?.open()?.manifests;
+        Ok(self.scan_files(found, Stamp::is_fresh))
+    }
+
+    /// Likewise, for somebody who looks once: takes every file as it is now, and
+    /// what can be read of a folder that cannot be listed whole.
+    ///
+    /// # Errors
+    /// When the folder itself cannot be listed.
+    pub(crate) fn scan_once(&mut self) -> io::Result<Scan> {
+        let tree = Tree::below(&self.root)?;
+        let closed = tree.closed.into_iter();
+        self.closed = closed
+            .map(|(path, error)| (path, format!("cannot be listed: {error}")))
+            .collect();
+        Ok(self.scan_files(tree.manifests, |_| false))
+    }
+
+    /// What is wrong with the folder as it was last scanned.
+    pub(crate) fn report(&self) -> Report {
+        let mut report = Report::default();
+        let closed = self.closed.iter();
+        report
+            .problems
+            .extend(closed.map(|(path, words)| (path.clone(), Problem::fatal(words.clone()))));
+        for (path, file) in &self.files {
+            let problems = file.problems.iter().cloned();
+            report.problems.extend(problems.map(|p| (path.clone(), p)));
+        }
+        for (key, paths) in &self.definitions {
+            let Some(last) = paths.last() else {
+                continue;
+            };
+            let twice = paths.iter().any(|path| {
+                let file = self.files.get(path);
+                file.is_some_and(|file| file.repeated.contains(key))
+            });
+            if paths.len() > 1 || twice {
+                report.repeated.push((key.clone(), last.clone()));
+            }
+        }
+        report
+    }
+
+    fn scan_files(
+        &mut self,
+        found: BTreeMap<PathBuf, Stamp>,
+        waits: impl Fn(&Stamp) -> bool,
+    ) -> Scan {
         let gone = self.files.keys().filter(|path| !found.contains_key(*path));
         let mut changed: Vec<(PathBuf, Option<Stamp>)> =
             gone.map(|path| (path.clone(), None)).collect();
@@ -119,7 +207,7 @@ impl Folder {
             {
                 continue;
             }
-            if stamp.is_fresh() {
+            if waits(&stamp) {
                 unsettled = true;
             } else {
                 changed.push((path, Some(stamp)));
@@ -131,10 +219,10 @@ impl Folder {
             self.replace(path, file, &mut before);
         }
         self.complete |= !unsettled && !self.files.values().any(|file| file.unknown);
-        Ok(Scan {
+        Scan {
             events: self.events(before),
             unsettled,
-        })
+        }
     }
 
     /// Puts the new state of a file in the place of the old one; `before`
@@ -178,7 +266,7 @@ impl Folder {
         match file {
             Some(file) => {
                 for problem in &file.problems {
-                    warn!(file = %path.display(), "{problem}; its last good state stays");
+                    warn!(file = %path.display(), "{}; its last good state stays", problem.words);
                 }
                 if old_problems && file.problems.is_empty() {
                     info!(file = %path.display(), "can be read again");
@@ -217,22 +305,61 @@ impl Folder {
 /// # Errors
 /// When `root` or one below it cannot be listed.
 pub(crate) fn folders(root: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut known = BTreeSet::new();
-    let mut found = Vec::new();
-    let mut waiting = vec![root.to_owned()];
-    while let Some(folder) = waiting.pop() {
-        let metadata = fs::metadata(&folder)?;
-        if !known.insert((metadata.dev(), metadata.ino())) {
-            continue;
-        }
-        for path in visible(&folder)? {
-            if path.is_dir() {
-                waiting.push(path);
+    Ok(Tree::below(root)?.open()?.folders)
+}
+
+impl Tree {
+    /// # Errors
+    /// When `root` itself cannot be listed.
+    fn below(root: &Path) -> io::Result<Self> {
+        let mut known = BTreeSet::new();
+        let mut tree = Self::default();
+        let mut waiting = vec![root.to_owned()];
+        while let Some(folder) = waiting.pop() {
+            match tree.take(&folder, &mut known, &mut waiting) {
+                Ok(()) => {}
+                Err(error) if folder == root => return Err(error),
+                Err(error) => {
+                    tree.closed.insert(folder, error);
+                }
             }
         }
-        found.push(folder);
+        Ok(tree)
     }
-    Ok(found)
+
+    fn take(
+        &mut self,
+        folder: &Path,
+        known: &mut BTreeSet<(u64, u64)>,
+        waiting: &mut Vec<PathBuf>,
+    ) -> io::Result<()> {
+        let metadata = fs::metadata(folder)?;
+        if !known.insert((metadata.dev(), metadata.ino())) {
+            return Ok(());
+        }
+        for path in visible(folder)? {
+            if path.is_dir() {
+                waiting.push(path);
+            } else if is_manifest(&path)
+                && let Some(stamp) = stamp(&path)?
+            {
+                self.manifests.insert(path, stamp);
+            }
+        }
+        self.folders.push(folder.to_owned());
+        Ok(())
+    }
+
+    /// The tree, if everything in it could be listed.
+    fn open(self) -> io::Result<Self> {
+        match self.closed.iter().next() {
+            None => Ok(self),
+            Some((path, error)) => Err(io::Error::new(
+                error.kind(),
+                format!("subfolder {}: {error}", path.display()),
+            )),
+        }
+    }
 }
 
 /// What is in a folder, less what editors and kubelet keep to themselves:
@@ -248,26 +375,19 @@ fn visible(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// Every manifest below `root` with what tells whether it changed.
-fn list(root: &Path) -> io::Result<BTreeMap<PathBuf, Stamp>> {
-    let mut found = BTreeMap::new();
-    for folder in folders(root)? {
-        for path in visible(&folder)?
-            .into_iter()
-            .filter(|path| is_manifest(path))
-        {
-            match fs::metadata(&path) {
-                Ok(metadata) if metadata.is_file() => {
-                    found.insert(path, Stamp::of(&metadata));
-                }
-                Ok(_) => {}
-                // Gone since it was listed.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
+/// `None` for what is gone since it was listed, and for what is no file, such as
+/// a socket. A link that leads nowhere has the stamp of the link: it is a
+/// manifest that cannot be read, and not one that was removed.
+fn stamp(path: &Path) -> io::Result<Option<Stamp>> {
+    let metadata = fs::metadata(path).or_else(|_| fs::symlink_metadata(path));
+    match metadata {
+        Ok(metadata) if metadata.is_file() || metadata.is_symlink() => {
+            Ok(Some(Stamp::of(&metadata)))
         }
+        Ok(_) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
-    Ok(found)
 }
 
 fn is_manifest(path: &Path) -> bool {
@@ -279,31 +399,70 @@ fn read(path: &Path, stamp: Stamp, old: Option<&File>) -> File {
     let text = if stamp.size > MAX_FILE {
         Err(format!("has more than {MAX_FILE} bytes, split it"))
     } else {
-        fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))
+        fs::read(path)
+            .map_err(|error| format!("cannot be read: {error}"))
+            .and_then(utf8)
     };
     match text {
         Ok(text) => from_text(&text, stamp, old),
         Err(problem) => File {
             stamp,
             objects: old.map(|old| old.objects.clone()).unwrap_or_default(),
-            problems: vec![problem],
+            problems: vec![Problem::fatal(problem)],
+            repeated: BTreeSet::new(),
             unknown: old.is_none_or(|old| old.unknown),
         },
     }
 }
 
+fn utf8(bytes: Vec<u8>) -> Result<String, String> {
+    String::from_utf8(bytes).map_err(|error| {
+        let (valid, _) = error.as_bytes().split_at(error.utf8_error().valid_up_to());
+        let line = 1 + String::from_utf8_lossy(valid).matches('\n').count();
+        format!("line {line}: is not UTF-8; write the file in UTF-8")
+    })
+}
+
 fn from_text(text: &str, stamp: Stamp, old: Option<&File>) -> File {
     let parsed = document::parse(text);
+    let mut objects = BTreeMap::new();
+    let mut repeated = BTreeSet::new();
+    for object in parsed.objects {
+        if let Some(earlier) = objects.insert(object.key(), object) {
+            repeated.insert(earlier.key());
+        }
+    }
     let mut file = File {
         stamp,
-        objects: parsed.objects.into_iter().map(|o| (o.key(), o)).collect(),
-        problems: parsed.errors.iter().map(ToString::to_string).collect(),
+        objects,
+        problems: parsed.errors.iter().map(Problem::of).collect(),
+        repeated,
         unknown: false,
     };
     for error in &parsed.errors {
         file.keep_last_good(error, old);
     }
     file
+}
+
+impl Problem {
+    fn of(error: &DocumentError) -> Self {
+        Self {
+            object: error.object.as_deref().cloned(),
+            words: error.to_string(),
+            about_field: error.about_field(),
+            fatal: error.syntax,
+        }
+    }
+
+    fn fatal(words: String) -> Self {
+        Self {
+            object: None,
+            about_field: words.clone(),
+            words,
+            fatal: true,
+        }
+    }
 }
 
 impl File {
@@ -315,7 +474,7 @@ impl File {
             return;
         };
         self.unknown |= old.unknown;
-        let meant = |key: &ObjectKey| error.object.as_ref().is_none_or(|named| named == key);
+        let meant = |key: &ObjectKey| error.object.as_deref().is_none_or(|named| named == key);
         for (key, object) in old.objects.iter().filter(|(key, _)| meant(key)) {
             self.objects
                 .entry(key.clone())

@@ -12,6 +12,8 @@ use std::time::Instant;
 
 use ferrule_model::cluster::Event;
 
+use self::folder::Report;
+
 /// What a source tells at a time.
 #[derive(Debug)]
 pub(crate) struct Update {
@@ -20,6 +22,8 @@ pub(crate) struct Update {
     /// Whether everything that the source holds has been told without a doubt.
     /// Before that nothing may be removed from the kernel.
     pub(crate) complete: bool,
+    /// What is wrong with the source now, if that is news.
+    pub(crate) report: Option<Report>,
     /// When the change was noticed.
     pub(crate) seen: Instant,
 }

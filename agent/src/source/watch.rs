@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::Update;
-use super::folder::{self, Folder, SETTLE};
+use super::folder::{self, Folder, Report, SETTLE};
 
 /// Time between two scans when nothing is noticed.
 const RESCAN: Duration = Duration::from_secs(30);
@@ -43,46 +43,44 @@ const WHAT_MATTERS: WatchMask = WatchMask::CLOSE_WRITE
 pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
     let mut folder = Folder::new(root.clone());
     let mut told_complete = false;
+    let mut told_report = None;
     let mut seen = Instant::now();
     let mut problem = Problem::default();
     while !updates.is_closed() {
         // The watch is set up before the scan: what changes in between is noticed.
         // Both wait for the disk, which may be a slow one.
         let (watch, scan) = block_in_place(|| (Watch::new(&root), folder.scan()));
-        let pause = match scan {
-            Ok(scan) => {
-                let complete = folder.is_complete();
-                if !scan.events.is_empty() || complete != told_complete {
-                    let update = Update {
-                        events: scan.events,
-                        complete,
-                        seen,
-                    };
-                    if updates.send(update).await.is_err() {
-                        return;
-                    }
-                    told_complete = complete;
-                }
-                problem.say(
-                    &root,
-                    watch.as_ref().err().map(|error| {
-                        format!(
-                            "cannot be watched, it is looked at every second instead: {error:#}"
-                        )
-                    }),
-                );
-                if scan.unsettled { SETTLE } else { RESCAN }
-            }
+        let watch_error = watch.as_ref().err().map(|error| {
+            format!("cannot be watched, it is looked at every second instead: {error:#}")
+        });
+        let (events, wrong, pause) = match scan {
+            Ok(scan) if scan.unsettled => (scan.events, watch_error, SETTLE),
+            Ok(scan) => (scan.events, watch_error, RESCAN),
             Err(error) => {
-                problem.say(
-                    &root,
-                    Some(format!(
-                        "cannot be listed, what was read before stays: {error}"
-                    )),
-                );
-                RETRY
+                let wrong = format!("cannot be listed, what was read before stays: {error}");
+                (Vec::new(), Some(wrong), RETRY)
             }
         };
+        problem.say(&root, wrong.as_deref());
+        let complete = folder.is_complete();
+        let report = Report {
+            folder: wrong,
+            ..folder.report()
+        };
+        let news = told_report.as_ref() != Some(&report);
+        if !events.is_empty() || complete != told_complete || news {
+            let update = Update {
+                events,
+                complete,
+                report: news.then(|| report.clone()),
+                seen,
+            };
+            if updates.send(update).await.is_err() {
+                return;
+            }
+            told_complete = complete;
+            told_report = Some(report);
+        }
         match watch {
             Ok(mut watch) => watch.changed(pause).await,
             Err(_) => sleep(pause.min(RETRY)).await,
@@ -96,16 +94,16 @@ pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
 struct Problem(Option<String>);
 
 impl Problem {
-    fn say(&mut self, folder: &Path, problem: Option<String>) {
-        if self.0 == problem {
+    fn say(&mut self, folder: &Path, problem: Option<&str>) {
+        if self.0.as_deref() == problem {
             return;
         }
-        if let Some(words) = &problem {
+        if let Some(words) = problem {
             warn!(folder = %folder.display(), "the folder of manifests {words}");
         } else {
             info!(folder = %folder.display(), "the folder of manifests is watched again");
         }
-        self.0 = problem;
+        self.0 = problem.map(str::to_owned);
     }
 }
 

@@ -10,27 +10,27 @@ use netlink_packet_netfilter::nftables::{
 };
 
 /// `NFNL_SUBSYS_NFTABLES << 8`.
-const NFTABLES: u16 = 10 << 8;
+pub(super) const NFTABLES: u16 = 10 << 8;
 
 /// `NFT_MSG_*SETELEM`.
 const NEW_ELEMENT: u16 = 12;
-const GET_ELEMENT: u16 = 13;
+pub(super) const GET_ELEMENT: u16 = 13;
 const DELETE_ELEMENT: u16 = 14;
 
 /// `NFPROTO_INET`.
-const FAMILY_INET: u8 = 1;
+pub(super) const FAMILY_INET: u8 = 1;
 
 /// Length of `struct nfgenmsg`.
-const HEADER: usize = 4;
+pub(super) const HEADER: usize = 4;
 
 /// `NFTA_SET_ELEM_LIST_ELEMENTS`, `NFTA_LIST_ELEM`, `NFTA_SET_ELEM_KEY`, `NFTA_DATA_VALUE`.
-const LIST_ELEMENTS: u16 = 3;
-const ELEMENT: u16 = 1;
+pub(super) const LIST_ELEMENTS: u16 = 3;
+pub(super) const ELEMENT: u16 = 1;
 const KEY: u16 = 1;
 const DATA_VALUE: u16 = 1;
 
 /// Length of `struct nlattr`.
-const ATTRIBUTE_HEADER: usize = 4;
+pub(super) const ATTRIBUTE_HEADER: usize = 4;
 
 /// Elements in one message; keeps it far below the 64 kB that an attribute can have.
 const MAX_ELEMENTS: usize = 512;
@@ -46,6 +46,10 @@ pub enum Element {
     Vip(IpAddr),
     /// Of `frontends4` or `frontends6`.
     Frontend(FrontendAddr),
+    /// Of `external4` or `external6`.
+    External(FrontendAddr),
+    /// Of `hairpins4` or `hairpins6`: the address as source and as destination.
+    Hairpin(IpAddr),
 }
 
 /// Our sets, for reading and writing.
@@ -55,8 +59,17 @@ pub struct Elements {
     table: String,
 }
 
-/// The four sets.
-const SETS: [&str; 4] = ["vips4", "vips6", "frontends4", "frontends6"];
+/// All of them.
+const SETS: [&str; 8] = [
+    "vips4",
+    "vips6",
+    "frontends4",
+    "frontends6",
+    "external4",
+    "external6",
+    "hairpins4",
+    "hairpins6",
+];
 
 impl Element {
     fn set(&self) -> &'static str {
@@ -65,6 +78,10 @@ impl Element {
             Self::Vip(IpAddr::V6(_)) => "vips6",
             Self::Frontend(addr) if addr.ip.is_ipv4() => "frontends4",
             Self::Frontend(_) => "frontends6",
+            Self::External(addr) if addr.ip.is_ipv4() => "external4",
+            Self::External(_) => "external6",
+            Self::Hairpin(IpAddr::V4(_)) => "hairpins4",
+            Self::Hairpin(IpAddr::V6(_)) => "hairpins6",
         }
     }
 
@@ -76,7 +93,8 @@ impl Element {
         };
         match self {
             Self::Vip(ip) => octets(*ip),
-            Self::Frontend(addr) => {
+            Self::Hairpin(ip) => octets(*ip).repeat(2),
+            Self::Frontend(addr) | Self::External(addr) => {
                 let mut key = octets(addr.ip);
                 let [high, low] = addr.port.to_be_bytes();
                 key.extend([addr.protocol.number(), 0, 0, 0, high, low, 0, 0]);
@@ -97,9 +115,17 @@ impl Element {
         if set.starts_with("vips") {
             return Some(Self::Vip(ip));
         }
+        if set.starts_with("hairpins") {
+            return Some(Self::Hairpin(ip));
+        }
         let protocol = Protocol::from_number(*rest.first()?)?;
         let port = u16::from_be_bytes(*rest.get(4..)?.first_chunk::<2>()?);
-        Some(Self::Frontend(FrontendAddr::new(ip, port, protocol)))
+        let addr = FrontendAddr::new(ip, port, protocol);
+        Some(if set.starts_with("external") {
+            Self::External(addr)
+        } else {
+            Self::Frontend(addr)
+        })
     }
 }
 
@@ -284,9 +310,10 @@ mod tests {
     fn keys_read_back() {
         for ip in ["10.96.0.10", "fd00::10"] {
             let ip: IpAddr = ip.parse().unwrap();
-            let mut elements = vec![Element::Vip(ip)];
+            let mut elements = vec![Element::Vip(ip), Element::Hairpin(ip)];
             for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
-                elements.push(Element::Frontend(FrontendAddr::new(ip, 53, protocol)));
+                let addr = FrontendAddr::new(ip, 53, protocol);
+                elements.extend([Element::Frontend(addr), Element::External(addr)]);
             }
             for element in elements {
                 let read = Element::from_key(element.set(), &element.key());

@@ -1,12 +1,16 @@
-//! Our nftables table: the guard.
+//! Our nftables table: the guard and source NAT.
 //!
 //! The ruleset is text that the program `nft` loads, once at the start
 //! (in `ruleset`); the elements of its sets come and go over netlink
-//! (in `elements`), which is a thousand times cheaper. Hooks and priorities are
-//! in the table of ARCHITECTURE.md, the reasons in ADR 1.
+//! (in `elements`), which is a thousand times cheaper. Whether the table is still
+//! what was loaded is told over netlink, too (in `inspect`). Hooks and priorities
+//! are in the table of ARCHITECTURE.md, the reasons in ADR 1.
 
+pub mod counters;
 mod elements;
+mod inspect;
 mod ruleset;
 
 pub use elements::{Element, Elements};
+pub use inspect::{TableState, counters, generation, table};
 pub use ruleset::{RulesetError, load, remove};

@@ -50,6 +50,11 @@ pub(super) fn answered_refused_unreachable_silent(context: &mut Context) -> anyh
                 }
                 other => anyhow::bail!("{request:?}: {other:?}"),
             }
+            let bound = Request::new(transport, to(ip, 80)?).bound_to(Some(31_000));
+            match bound.send(&left, ANSWER)? {
+                Outcome::Answered { saw, .. } => ensure!(saw.port() == 31_000, "{saw}"),
+                other => anyhow::bail!("{bound:?}: {other:?}"),
+            }
             let seen = servers.iter().flat_map(Server::seen);
             ensure!(seen.filter(|seen| seen.word == request.word).count() == 1);
             unanswered.extend([

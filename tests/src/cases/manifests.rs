@@ -42,8 +42,10 @@ pub(super) fn an_edit_touches_only_what_changed(context: &mut Context) -> anyhow
         ensure!(by == "backend-2", "{by} answered");
         Ok(())
     })?;
-    // Filter and addresses do not depend on how many backends there are.
-    let noise = monitors.events(&node)?;
+    // Filter and addresses do not depend on how many backends there are; only that
+    // the new one runs here is noted, for when it calls itself.
+    let mut noise = monitors.events(&node)?;
+    noise.retain(|event| !event.contains("add element inet ferrule hairpins"));
     ensure!(noise.is_empty(), "scaling changed more: {noise:#?}");
 
     node.remove_manifest("edited.yaml")?;

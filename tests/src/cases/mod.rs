@@ -6,19 +6,32 @@ use std::time::Duration;
 use crate::context::Context;
 use crate::runner::{Group, Test};
 
+mod audit;
 mod codec;
 mod datapath;
 mod foreign;
 mod guard;
 mod library;
+mod load;
 mod manifests;
+mod masquerade;
+mod nodeport;
 mod pods;
 mod restart;
+mod routes;
+mod rows;
+mod segment;
+mod socket;
+mod walk;
 pub(crate) mod world;
 
 /// Every test, in the order in which they run: what others build on comes first.
 #[must_use]
 pub fn all() -> Vec<Test> {
+    [within_a_node(), beyond_a_node()].concat()
+}
+
+fn within_a_node() -> Vec<Test> {
     let native = |name, minutes, run| test(name, Group::Native, minutes, run);
     let ipvs = |name, minutes, run| test(name, Group::Ipvs, minutes, run);
     vec![
@@ -41,6 +54,8 @@ pub fn all() -> Vec<Test> {
             10,
             pods::agent_killed_among_adds,
         ),
+        native("socket/survives-garbage", 10, socket::survives_garbage),
+        native("socket/refuses-other-users", 2, socket::refuses_other_users),
         ipvs(
             "codec/what-is-set-reads-back",
             5,
@@ -79,7 +94,76 @@ pub fn all() -> Vec<Test> {
             10,
             restart::what_changed_meanwhile_is_caught_up,
         ),
+        ipvs(
+            "restart/a-change-while-the-agent-is-dead",
+            10,
+            audit::a_change_while_the_agent_is_dead,
+        ),
         ipvs("foreign/objects-survive", 10, foreign::objects_survive),
+        ipvs("audit/damage-is-put-right", 20, audit::damage_is_put_right),
+    ]
+}
+
+fn beyond_a_node() -> Vec<Test> {
+    let ipvs = |name, minutes, run| test(name, Group::Ipvs, minutes, run);
+    vec![
+        ipvs(
+            "routes/follow-the-other-node",
+            10,
+            routes::follow_the_other_node,
+        ),
+        ipvs(
+            "routes/foreign-ones-are-left-alone",
+            10,
+            routes::foreign_ones_are_left_alone,
+        ),
+        ipvs(
+            "routes/none-to-a-node-beyond",
+            10,
+            routes::none_to_a_node_beyond,
+        ),
+        ipvs(
+            "nodeport/answered-on-every-node-address",
+            10,
+            nodeport::answered_on_every_node_address,
+        ),
+        ipvs(
+            "nodeport/follows-addresses-and-service",
+            10,
+            nodeport::follows_addresses_and_service,
+        ),
+        ipvs(
+            "nodeport/without-endpoints-refused",
+            10,
+            nodeport::without_endpoints_refused,
+        ),
+        ipvs(
+            "nodeport/limited-to-chosen-addresses",
+            10,
+            nodeport::limited_to_chosen_addresses,
+        ),
+        ipvs("masquerade/node-ports", 10, masquerade::node_ports),
+        ipvs("masquerade/cluster-ips", 10, masquerade::cluster_ips),
+        ipvs(
+            "masquerade/no-service-involved",
+            10,
+            masquerade::no_service_involved,
+        ),
+        ipvs(
+            "masquerade/never-from-a-node-port",
+            10,
+            masquerade::never_from_a_node_port,
+        ),
+        ipvs(
+            "masquerade/all-cluster-ips-when-asked",
+            10,
+            masquerade::all_cluster_ips_when_asked,
+        ),
+        ipvs(
+            "walk/kernel-equals-plan",
+            walk::minutes(),
+            walk::kernel_equals_plan,
+        ),
     ]
 }
 

@@ -2,12 +2,13 @@
 //!
 //! One plan for all: pods 10.244.1.0/24 and `fd00:10:244:1::/64`, VIPs
 //! 10.96.0.0/16 and `fd00:10:96::/112`, a client outside in 192.0.2.0/24 and
-//! `2001:db8::/64`.
+//! `2001:db8::/64`. The second node's pods are 10.244.2.0/24 and
+//! `fd00:10:244:2::/64`; what else there is beside two nodes says [`super::segment`].
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use anyhow::{bail, ensure};
+use anyhow::{Context as _, bail, ensure};
 
 use crate::context::Context;
 use crate::dump;
@@ -31,6 +32,16 @@ pub(super) fn vips(number: u8) -> [IpAddr; 2] {
 
 /// A dual-stack ClusterIP Service with TCP and UDP on one port number, as YAML.
 pub(super) fn service(name: &str, number: u8, port: u16) -> String {
+    service_of_type("ClusterIP", name, number, port, "")
+}
+
+/// Likewise of type `NodePort`, with one node port for both transports.
+pub(super) fn node_port_service(name: &str, number: u8, port: u16, node_port: u16) -> String {
+    let node_port = format!(", nodePort: {node_port}");
+    service_of_type("NodePort", name, number, port, &node_port)
+}
+
+fn service_of_type(kind: &str, name: &str, number: u8, port: u16, more: &str) -> String {
     let [v4, v6] = vips(number);
     format!(
         "apiVersion: v1
@@ -39,21 +50,38 @@ metadata:
   name: {name}
   namespace: default
 spec:
-  type: ClusterIP
+  type: {kind}
   clusterIP: {v4}
   clusterIPs: [{v4}, {v6:?}]
   ipFamilies: [IPv4, IPv6]
   ipFamilyPolicy: RequireDualStack
   ports:
-    - {{name: tcp, protocol: TCP, port: {port}, targetPort: {TARGET}}}
-    - {{name: udp, protocol: UDP, port: {port}, targetPort: {TARGET}}}
+    - {{name: tcp, protocol: TCP, port: {port}, targetPort: {TARGET}{more}}}
+    - {{name: udp, protocol: UDP, port: {port}, targetPort: {TARGET}{more}}}
 ",
         v6 = v6.to_string()
     )
 }
 
-/// The EndpointSlices of such a Service, one for each family, as YAML.
+/// An endpoint of a Service: its addresses, one of each family, and its node if
+/// it is on one.
+pub(super) struct Endpoint<'a> {
+    pub(super) ips: &'a [IpAddr],
+    pub(super) node: Option<&'a str>,
+}
+
+/// The EndpointSlices of such a Service, one for each family, as YAML, with pods
+/// of the first node.
 pub(super) fn slices(service: &str, pods: &[&Pod]) -> anyhow::Result<String> {
+    let of_pods = pods.iter().map(|pod| Endpoint {
+        ips: pod.ips(),
+        node: Some("node-a"),
+    });
+    endpoint_slices(service, &of_pods.collect::<Vec<_>>())
+}
+
+/// Likewise with endpoints wherever they are.
+pub(super) fn endpoint_slices(service: &str, endpoints: &[Endpoint<'_>]) -> anyhow::Result<String> {
     let mut yaml = String::new();
     for (family, like) in [("IPv4", vips(0)[0]), ("IPv6", vips(0)[1])] {
         write!(
@@ -74,19 +102,27 @@ endpoints:
 ",
             family.to_lowercase()
         )?;
-        if pods.is_empty() {
+        if endpoints.is_empty() {
             yaml.truncate(yaml.trim_end().len());
             yaml.push_str(" []\n");
         }
-        for pod in pods {
-            let ip = pod.ip_like(like)?.to_string();
+        for Endpoint { ips, node } in endpoints {
+            let ip = ip_like(ips, like)?.to_string();
+            let node = node.map_or(String::new(), |node| format!(", nodeName: {node}"));
             writeln!(
                 yaml,
-                "  - {{addresses: [{ip:?}], conditions: {{ready: true}}, nodeName: node-a}}"
+                "  - {{addresses: [{ip:?}], conditions: {{ready: true}}{node}}}"
             )?;
         }
     }
     Ok(yaml)
+}
+
+/// The one of the family of another.
+fn ip_like(ips: &[IpAddr], other: IpAddr) -> anyhow::Result<IpAddr> {
+    let mut ips = ips.iter().copied();
+    ips.find(|ip| ip.is_ipv4() == other.is_ipv4())
+        .with_context(|| format!("no address of {other}'s family"))
 }
 
 /// A pod with a server on [`TARGET`] for each transport and family, which
@@ -94,17 +130,14 @@ endpoints:
 #[derive(Debug)]
 pub(super) struct Backend {
     pub(super) pod: Pod,
-    _servers: Vec<Server>,
+    pub(super) servers: Vec<Server>,
 }
 
 impl Backend {
     pub(super) fn create(context: &Context, node: &Node, name: &str) -> anyhow::Result<Self> {
         let pod = Pod::added(context, node, name)?;
         let servers = Server::everywhere(pod.netns(), name, TARGET)?;
-        Ok(Self {
-            pod,
-            _servers: servers,
-        })
+        Ok(Self { pod, servers })
     }
 }
 

@@ -1,0 +1,83 @@
+//! Who answers which call of the socket.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ferrule_api::status::{SocketStatus, Status};
+use ferrule_api::{Answer, Call, CallError, ErrorCode};
+
+use crate::links;
+use crate::pods::Pods;
+use crate::reconcile::Asker;
+
+/// Answers calls; counts what came over the socket.
+#[derive(Debug)]
+pub(crate) struct Desk {
+    pods: Arc<Pods>,
+    asker: Asker,
+    calls: AtomicU64,
+    bad_requests: AtomicU64,
+    refused_connections: AtomicU64,
+}
+
+impl Desk {
+    pub(crate) fn new(pods: Arc<Pods>, asker: Asker) -> Self {
+        Self {
+            pods,
+            asker,
+            calls: AtomicU64::new(0),
+            bad_requests: AtomicU64::new(0),
+            refused_connections: AtomicU64::new(0),
+        }
+    }
+
+    /// Answers one call.
+    pub(crate) async fn call(&self, call: Call) -> Answer {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        match call {
+            Call::Allocate { .. } | Call::Release { .. } => Arc::clone(&self.pods).call(call).await,
+            Call::Status => match self.status().await {
+                Some(status) => Answer::Status(status),
+                None => busy(),
+            },
+            Call::Frontends { after } => match self.asker.frontends(after).await {
+                Some(rows) => Answer::Frontends(rows),
+                None => busy(),
+            },
+            Call::Pods { after } => {
+                let counters = links::counters().await.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "cannot read the counters of pods' interfaces");
+                    BTreeMap::new()
+                });
+                Arc::clone(&self.pods).rows(after, counters).await
+            }
+        }
+    }
+
+    /// How the node fares; `None` when nothing can be said in time.
+    pub(crate) async fn status(&self) -> Option<Box<Status>> {
+        let mut status = self.asker.status().await?;
+        status.socket = SocketStatus {
+            calls: self.calls.load(Ordering::Relaxed),
+            bad_requests: self.bad_requests.load(Ordering::Relaxed),
+            refused_connections: self.refused_connections.load(Ordering::Relaxed),
+        };
+        Some(status)
+    }
+
+    pub(crate) fn note_bad_request(&self) {
+        self.bad_requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn note_refused_connection(&self) {
+        self.refused_connections.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn busy() -> Answer {
+    Answer::Error(CallError {
+        code: ErrorCode::NotReady,
+        message: "the agent is busy changing the kernel, or has not read its manifests yet; ask again in a moment".to_owned(),
+    })
+}

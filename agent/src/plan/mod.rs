@@ -1,0 +1,142 @@
+//! The command `ferrule-agent plan`: what a node would program, from manifests alone.
+//!
+//! The facts go through the same `NodeView` as in the running agent; here the
+//! Node object's addresses stand for those of the machine. Nothing is watched,
+//! no kernel is touched, and no right is needed but to read the files.
+//!
+//! What objects say is shown to people as [`plain`] text: whoever reviews a
+//! manifest need not trust its author.
+
+mod diff;
+mod table;
+
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::process::ExitCode;
+
+use ferrule_model::condition::Reason;
+use ferrule_model::plan::{ConditionRow, Plan};
+use ferrule_model::view::NodeView;
+
+use crate::config::Config;
+use crate::plan::diff::Difference;
+use crate::settings::{PlanOutput, PlanSettings};
+use crate::source::folder::{Folder, Report};
+use crate::status::words::{plain, plain_json};
+
+/// Exit code when a file could not be read or parsed at all, or the plan not be written.
+const UNREADABLE: u8 = 1;
+
+/// Exit code of a wrong command line, and clap's own.
+const USAGE: u8 = 2;
+
+/// Prints the plan, or the difference of two.
+pub(crate) fn run(settings: &PlanSettings) -> ExitCode {
+    let (text, whole) = match text(settings) {
+        Ok(made) => made,
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            return ExitCode::from(USAGE);
+        }
+    };
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Ok(()) => {}
+        // Whoever reads has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        Err(error) => {
+            complain(&format!("standard output cannot be written: {error}"));
+            return ExitCode::from(UNREADABLE);
+        }
+    }
+    if whole {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(UNREADABLE)
+    }
+}
+
+/// What is printed, and whether every file could be read.
+fn text(settings: &PlanSettings) -> anyhow::Result<(String, bool)> {
+    let config = Config::read(settings.config.as_deref())?;
+    let node = &settings.node;
+    let (plan, mut whole) = plan("--manifests", &settings.manifests, node, &config)?;
+    let text = if let Some(other) = &settings.diff {
+        let (changed, whole_too) = self::plan("--diff", other, node, &config)?;
+        whole &= whole_too;
+        let difference = Difference::new(plan, changed);
+        match settings.output {
+            PlanOutput::Json => json(&difference)?,
+            PlanOutput::Table => difference.to_string(),
+        }
+    } else {
+        match settings.output {
+            PlanOutput::Json => json(&plan)?,
+            PlanOutput::Table => table::text(&plan),
+        }
+    };
+    Ok((text, whole))
+}
+
+fn json(value: &impl serde::Serialize) -> anyhow::Result<String> {
+    let mut text = plain_json(&serde_json::to_string_pretty(value)?);
+    text.push('\n');
+    Ok(text)
+}
+
+/// The plan of a folder, and whether every file of it could be read. `option` is
+/// the one that names the folder.
+fn plan(option: &str, folder: &Path, node: &str, config: &Config) -> anyhow::Result<(Plan, bool)> {
+    let mut files = Folder::new(folder.to_owned());
+    let scan = files.scan_once().map_err(|error| {
+        anyhow::anyhow!(
+            "{option} {}: cannot be listed: {error}; name a folder of manifests",
+            folder.display()
+        )
+    })?;
+    let mut view = NodeView::new(node, config.policy.clone());
+    view.take(scan.events);
+    let report = files.report();
+    let fatal = report.problems.iter().filter(|(_, problem)| problem.fatal);
+    let mut whole = true;
+    for (path, problem) in fatal {
+        complain(&format!("{}: {}", path.display(), problem.words));
+        whole = false;
+    }
+    Ok((Plan::new(&view, conditions(&report, folder)), whole))
+}
+
+/// What is wrong with the documents themselves. Files are named from `folder`
+/// on, so that the same files say the same wherever they lie.
+pub(crate) fn conditions(report: &Report, folder: &Path) -> Vec<ConditionRow> {
+    let name = |path: &Path| {
+        let name = path.strip_prefix(folder).unwrap_or(path);
+        name.display().to_string()
+    };
+    let broken = report.problems.iter().filter(|(_, problem)| !problem.fatal);
+    let broken = broken.map(|(path, problem)| {
+        let (object, message) = match &problem.object {
+            Some(object) => (object.to_string(), &problem.about_field),
+            // Nothing but the place says which document it is.
+            None => (format!("File {}", name(path)), &problem.words),
+        };
+        ConditionRow {
+            object,
+            reason: Reason::InvalidObject.to_string(),
+            message: format!("{message}; correct the field"),
+        }
+    });
+    let repeated = report.repeated.iter().map(|(key, path)| ConditionRow {
+        object: key.to_string(),
+        reason: Reason::DuplicateObject.to_string(),
+        message: format!(
+            "metadata.name: the object is defined more than once, the last definition in path \
+             order counts, in {}; remove the others",
+            name(path)
+        ),
+    });
+    broken.chain(repeated).collect()
+}
+
+fn complain(words: &str) {
+    let _nobody_listens = writeln!(io::stderr(), "ferrule-agent plan: {}", plain(words));
+}

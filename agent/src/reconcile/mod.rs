@@ -1,0 +1,679 @@
+//! Keeps the kernel as the facts want it.
+//!
+//! One task owns the facts, the desired state and what is known of the kernel.
+//! A change costs what it touches: the Services concerned are computed anew,
+//! their addresses compared and the difference carried out. What fails hurts
+//! only its own addresses; they wait and are tried again with growing pauses,
+//! while other changes go on. Everything is observed and compared at the start,
+//! and when the kernel's state is in doubt; beside that the [`audit`] looks for
+//! what others changed.
+
+mod audit;
+mod faults;
+mod network;
+mod report;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferrule_api::status::LastChange;
+use ferrule_datapath::{ChangeError, Node, Settings, apply};
+use ferrule_model::address::Family;
+use ferrule_model::change::Change;
+use ferrule_model::cluster::Touched;
+use ferrule_model::condition::Condition;
+use ferrule_model::desired::Scope;
+use ferrule_model::diff::{diff, everything};
+use ferrule_model::ipam::PodRange;
+use ferrule_model::kube::Kind;
+use ferrule_model::observed::Observed;
+use ferrule_model::view::NodeView;
+use tokio::sync::mpsc;
+use tokio::time::sleep_until;
+use tracing::{debug, error, info, warn};
+
+use self::audit::{Audit, Difference, Drifts, filter_words};
+use self::faults::{About, Faults, now, remedy};
+use self::network::Network;
+pub(crate) use self::report::{Asker, Query};
+use crate::config::Config;
+use crate::pods::Pods;
+use crate::source::Update;
+
+/// Pause before a failed change is tried again: doubles from the first to the second.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+
+/// Owner of the node's services.
+pub(crate) struct Reconciler {
+    settings: Settings,
+    pods: Arc<Pods>,
+    view: NodeView,
+    /// Every source has told all it has; before that nothing is removed.
+    complete: bool,
+    kernel: Option<Node>,
+    /// What the kernel holds; `None` until it was observed, and when it is in doubt.
+    observed: Option<Observed>,
+    /// What was believed when the kernel was found to be otherwise.
+    contradicted: Option<Observed>,
+    network: Network,
+    dirty: Scope,
+    /// What failed and waits for another try.
+    waiting: Scope,
+    retry_at: Option<Instant>,
+    pause: Duration,
+    /// When the oldest change was noticed that is not in the kernel.
+    pending_since: Option<Instant>,
+    last_change: Option<LastChange>,
+    faults: Faults,
+    said: BTreeSet<Condition>,
+    audit: Audit,
+    drifts: Drifts,
+    source: report::Source,
+    statistics: report::Statistics,
+}
+
+impl Reconciler {
+    pub(crate) fn new(
+        node_name: &str,
+        settings: Settings,
+        config: &Config,
+        pods: Arc<Pods>,
+        source: String,
+    ) -> Self {
+        Self {
+            network: Network::new(settings.vip_device.to_string()),
+            settings,
+            pods,
+            view: NodeView::new(node_name, config.policy.clone()),
+            complete: false,
+            kernel: None,
+            observed: None,
+            contradicted: None,
+            dirty: Scope::default(),
+            waiting: Scope::default(),
+            retry_at: None,
+            pause: RETRY.0,
+            pending_since: None,
+            last_change: None,
+            faults: Faults::default(),
+            said: BTreeSet::new(),
+            audit: Audit::new(config.audit_budget),
+            drifts: Drifts::default(),
+            source: report::Source::new(source),
+            statistics: report::Statistics::default(),
+        }
+    }
+
+    /// Runs until the source is gone.
+    pub(crate) async fn run(
+        mut self,
+        mut updates: mpsc::Receiver<Update>,
+        mut queries: mpsc::Receiver<Query>,
+    ) {
+        // Listening begins before the first look, so that nothing falls in between.
+        self.network.open(&mut self.faults);
+        let mut told = false;
+        loop {
+            self.look_at_network().await;
+            if told {
+                self.reconcile().await;
+                self.audit_if_due().await;
+            }
+            let wake = self.wake_at(told);
+            tokio::select! {
+                update = updates.recv() => {
+                    let Some(update) = update else {
+                        return;
+                    };
+                    told = true;
+                    self.take(update);
+                    // What came meanwhile is done in the same pass.
+                    while let Ok(update) = updates.try_recv() {
+                        self.take(update);
+                    }
+                }
+                Some(query) = queries.recv() => self.answer(query).await,
+                () = self.network.news(&mut self.faults) => {}
+                () = sleep_until(wake.into()) => {}
+            }
+        }
+    }
+
+    /// When there is something to do without news.
+    fn wake_at(&self, told: bool) -> Instant {
+        if told && !self.dirty.is_empty() && self.retry_at.is_none() {
+            return Instant::now();
+        }
+        let times = [self.retry_at, self.network.wake_at()];
+        let tick = self.audit.next_tick.max(Instant::now());
+        times.into_iter().flatten().fold(tick, Instant::min)
+    }
+
+    /// Takes facts in; the kernel is not touched.
+    fn take(&mut self, update: Update) {
+        if !update.events.is_empty() {
+            self.source.last_event = Some(now());
+            self.pending_since = self.pending_since.or(Some(update.seen));
+        }
+        let (scope, touched) = self.view.take(update.events);
+        self.dirty.merge(scope);
+        if let Some(report) = update.report {
+            self.source.report = report;
+        }
+        if !touched.nodes.is_empty() {
+            self.network.routes_are_suspect();
+        }
+        self.say_conditions(&touched);
+        if touched.nodes.contains(self.view.node()) {
+            self.set_pod_ranges();
+        }
+        if update.complete && !self.complete {
+            info!("all manifests were read");
+            self.complete = true;
+            self.network.routes_are_suspect();
+            if let Some(observed) = &self.observed {
+                self.dirty.merge(everything(self.view.desired(), observed));
+            }
+        }
+        debug!(
+            services = touched.services.len(),
+            age = ?update.seen.elapsed(),
+            "change taken in"
+        );
+    }
+
+    /// Logs what is new about the objects concerned, once.
+    fn say_conditions(&mut self, touched: &Touched) {
+        let about_node =
+            |condition: &Condition| matches!(condition.object.kind, Kind::Node | Kind::ServiceCidr);
+        let mut news: BTreeSet<Condition> = BTreeSet::new();
+        for service in &touched.services {
+            let conditions = self.view.desired().conditions_of(service);
+            self.said.retain(|said| {
+                said.object.name != *service || about_node(said) || conditions.contains(said)
+            });
+            news.extend(conditions);
+        }
+        if touched.service_cidrs || !touched.nodes.is_empty() {
+            let conditions = self.view.node_conditions();
+            self.said
+                .retain(|said| !about_node(said) || conditions.contains(said));
+            news.extend(conditions);
+        }
+        for condition in news {
+            if self.said.insert(condition.clone()) {
+                warn!(object = %condition.object, reason = %condition.reason, "{}", condition.message);
+            }
+        }
+    }
+
+    /// A Node that vanished keeps its ranges: pods go on, and a folder of
+    /// manifests may be in the middle of being replaced.
+    fn set_pod_ranges(&self) {
+        let node = self.view.node();
+        let Some(object) = self.view.cluster().node(node) else {
+            warn!(node, "the Node object is gone; its pod ranges stay in use");
+            return;
+        };
+        let mut ranges: Vec<PodRange> = Vec::new();
+        for text in object.pod_cidrs() {
+            match PodRange::parse(text) {
+                Ok(range) => ranges.push(range),
+                Err(error) => warn!(node, "spec.podCIDRs: {error}; it is left out"),
+            }
+        }
+        for family in Family::ALL {
+            let of_family = ranges.iter().filter(|range| range.family() == family);
+            if of_family.count() > 1 {
+                warn!(node, "spec.podCIDRs: two {family} ranges, the first counts");
+            }
+        }
+        if !ranges.is_empty() {
+            self.pods.leases().set_ranges(ranges);
+        }
+    }
+
+    /// Makes the kernel as desired, as far as it can be now.
+    async fn reconcile(&mut self) {
+        self.routes().await;
+        let due = self.retry_at.is_none_or(|retry| retry <= Instant::now());
+        if due {
+            self.dirty.merge(std::mem::take(&mut self.waiting));
+        }
+        if self.kernel.is_none() || self.observed.is_none() {
+            // Nothing can be done before the kernel can be had, be there news or not.
+            if !due || !self.prepare().await {
+                return;
+            }
+        }
+        if !self.set_source_nat().await {
+            return;
+        }
+        if due {
+            self.retry_at = None;
+        }
+        if self.dirty.is_empty() {
+            self.settle();
+            return;
+        }
+        let changes = self.changes();
+        if changes.is_empty() {
+            self.settle();
+        } else {
+            self.carry_out(&changes).await;
+        }
+    }
+
+    /// What lies between what is and what should be, at the addresses that may differ.
+    fn changes(&mut self) -> Vec<Change> {
+        let scope = std::mem::take(&mut self.dirty);
+        let Some(observed) = &self.observed else {
+            return Vec::new();
+        };
+        let mut changes = diff(self.view.desired(), observed, &scope);
+        // What failed and is not wanted any longer, or was done by another, is no fault.
+        let open: BTreeSet<About> = changes.iter().map(about).collect();
+        self.faults.clear_if(|about| {
+            let looked_at = match about {
+                About::Frontend(addr) => scope.frontends.contains(&addr),
+                About::Address(ip) => scope.vips.contains(&ip) || scope.hairpins.contains(&ip),
+                _ => false,
+            };
+            looked_at && !open.contains(&about)
+        });
+        if !(self.complete && self.network.is_known()) {
+            let all = changes.len();
+            changes.retain(|change| !removes(change));
+            if changes.len() < all {
+                warn!(
+                    held_back = all - changes.len(),
+                    "nothing is removed until every manifest can be read"
+                );
+            }
+        }
+        changes
+    }
+
+    /// Everything that can be done is done.
+    fn settle(&mut self) {
+        if self.waiting.is_empty() {
+            self.retry_at = None;
+            self.pause = RETRY.0;
+            self.pending_since = None;
+        }
+    }
+
+    fn retry_later(&mut self) {
+        self.retry_at = Some(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).min(RETRY.1);
+    }
+
+    /// Opens and observes the kernel. False when that failed.
+    async fn prepare(&mut self) -> bool {
+        if self.kernel.is_none() {
+            match Node::open(self.settings.clone(), self.view.source_nat()).await {
+                Ok(kernel) => self.kernel = Some(kernel),
+                Err(error) => {
+                    let words =
+                        "services cannot be programmed; pods get their addresses all the same";
+                    self.kernel_fault(&error.to_string(), words);
+                    return false;
+                }
+            }
+        }
+        let Some(kernel) = &self.kernel else {
+            return false;
+        };
+        match kernel.observe().await {
+            Ok(observed) => {
+                info!(
+                    services = observed.services.len(),
+                    vips = observed.bound.len(),
+                    "the kernel's state was adopted"
+                );
+                self.dirty.merge(everything(self.view.desired(), &observed));
+                if let Some(believed) = self.contradicted.take() {
+                    self.note_drift(Difference::of(&believed, &observed));
+                }
+                self.observed = Some(observed);
+                self.faults.clear(About::Kernel);
+                true
+            }
+            Err(error) => {
+                // A socket in doubt is replaced by a new one.
+                self.kernel = None;
+                self.kernel_fault(&error.to_string(), "cannot observe the kernel");
+                false
+            }
+        }
+    }
+
+    fn kernel_fault(&mut self, error: &str, words: &str) {
+        let fault = format!("{words}: {error}");
+        let remedy = "see the remedy in the sentence, if it has one; it is tried again by itself";
+        if self
+            .faults
+            .note(About::Kernel, "kernel".to_owned(), fault, remedy)
+        {
+            error!(error, retry = ?self.pause, "{words}");
+        }
+        self.retry_later();
+    }
+
+    /// False when the rules could not be loaded.
+    async fn set_source_nat(&mut self) -> bool {
+        let Some(kernel) = &mut self.kernel else {
+            return false;
+        };
+        match kernel.set_source_nat(&self.view.source_nat()).await {
+            Ok(changed) => {
+                if changed {
+                    info!("the rules of source NAT follow the node's addresses and networks");
+                }
+                self.faults.clear(About::SourceNat);
+                true
+            }
+            Err(error) => {
+                self.note_fault(
+                    About::SourceNat,
+                    &format!("nftables table {}", self.settings.nft_table),
+                    &error.to_string(),
+                    "it is tried again by itself; until then the rules are the former ones",
+                );
+                self.retry_later();
+                false
+            }
+        }
+    }
+
+    fn note_fault(&mut self, about: About, object: &str, problem: &str, remedy: &str) {
+        let new = self
+            .faults
+            .note(about, object.to_owned(), problem.to_owned(), remedy);
+        if new {
+            error!(object, retry = ?self.pause, "{problem}");
+        }
+    }
+
+    async fn carry_out(&mut self, changes: &[Change]) {
+        let (Some(kernel), Some(mut observed)) = (&mut self.kernel, self.observed.take()) else {
+            return;
+        };
+        let start = Instant::now();
+        let applied = apply(kernel, changes).await;
+        for change in &applied.done {
+            observed.record(change);
+        }
+        info!(
+            changes = applied.done.len(),
+            failed = applied.failed.len(),
+            held_back = applied.held_back.len(),
+            took = ?start.elapsed(),
+            "node changed"
+        );
+        let failed: BTreeSet<About> = applied.failed.iter().map(|(c, _)| about(c)).collect();
+        for change in applied.done.iter().filter(|c| !failed.contains(&about(c))) {
+            self.faults.clear(about(change));
+        }
+        let (mut doubt, mut contradiction) = (false, false);
+        for (change, error) in &applied.failed {
+            doubt |= error.leaves_doubt();
+            contradiction |= error.is_contradiction();
+            self.change_fault(change, error);
+            self.waiting.insert_change(change);
+        }
+        for change in &applied.held_back {
+            self.waiting.insert_change(change);
+        }
+        if !applied.done.is_empty() {
+            let seen = self.pending_since.unwrap_or(start);
+            self.last_change = Some(LastChange {
+                at: now(),
+                steps: applied.done.len(),
+                seen_to_kernel: seen.elapsed().as_secs_f64(),
+                kernel: start.elapsed().as_secs_f64(),
+            });
+        }
+        if doubt {
+            self.kernel = None;
+            self.contradicted = contradiction.then_some(observed);
+        } else {
+            self.observed = Some(observed);
+        }
+        if self.waiting.is_empty() {
+            self.settle();
+        } else {
+            self.retry_later();
+        }
+    }
+
+    fn change_fault(&mut self, change: &Change, error: &ChangeError) {
+        let service = change
+            .frontend()
+            .and_then(|addr| self.view.desired().frontend(&addr))
+            .map(|frontend| format!("Service {}", frontend.service));
+        let object = service.unwrap_or_else(|| format!("address {}", change.ip()));
+        let scheduler = match change {
+            Change::AddService(_, how) | Change::UpdateService(_, how) => {
+                Some(how.scheduler.name().to_owned())
+            }
+            _ => None,
+        };
+        let words = format!("cannot {change}: {error}");
+        let remedy = remedy(error.errno(), scheduler.as_deref());
+        self.note_fault(about(change), &object, &words, &remedy);
+    }
+
+    /// Counts what was found; the next pass puts it right.
+    fn note_drift(&mut self, difference: Difference) {
+        for (kind, words) in &difference.words {
+            self.drifts.note(kind, words);
+        }
+        self.dirty.merge(difference.scope);
+    }
+
+    /// The part of the audit that goes by the clock.
+    async fn audit_if_due(&mut self) {
+        if Instant::now() < self.audit.next_tick {
+            return;
+        }
+        self.audit.begin();
+        if let Err(error) = self.audit_once().await {
+            // What is believed may be wrong now: observe before going on.
+            self.kernel = None;
+            self.observed = None;
+            self.kernel_fault(&error, "the audit cannot read the kernel");
+        }
+    }
+
+    async fn audit_once(&mut self) -> Result<(), String> {
+        self.audit_filter().await?;
+        if self.audit.services_are_due() {
+            self.audit_services().await?;
+        }
+        self.audit_servers().await
+    }
+
+    async fn audit_filter(&mut self) -> Result<(), String> {
+        let (Some(kernel), Some(observed)) = (&mut self.kernel, &mut self.observed) else {
+            return Ok(());
+        };
+        if !self.audit.filter_is_due() {
+            return Ok(());
+        }
+        let moved = kernel.filter_moved().await.map_err(|e| e.to_string())?;
+        let Some(generation) = moved else {
+            return Ok(());
+        };
+        let began = Instant::now();
+        let mut generation = generation;
+        if let Some(drift) = kernel.filter_drift().await.map_err(|e| e.to_string())? {
+            kernel.repair_filter().await.map_err(|e| e.to_string())?;
+            self.drifts.note("filter", &[filter_words(drift)]);
+            // Our own loading moved it again; whatever comes behind that is seen next time.
+            let moved = kernel.filter_moved().await.map_err(|e| e.to_string())?;
+            generation = moved.unwrap_or(generation);
+        }
+        let mut found = Observed::default();
+        kernel
+            .observe_filter(&mut found)
+            .await
+            .map_err(|e| e.to_string())?;
+        kernel.filter_compared(generation);
+        self.audit.filter_done(began);
+        let mut difference = Difference::default();
+        difference.filter(observed, &found);
+        observed.guarded = found.guarded;
+        observed.allowed = found.allowed;
+        observed.external = found.external;
+        observed.hairpins = found.hairpins;
+        self.note_drift(difference);
+        Ok(())
+    }
+
+    async fn audit_services(&mut self) -> Result<(), String> {
+        let (Some(kernel), Some(observed)) = (&self.kernel, &mut self.observed) else {
+            return Ok(());
+        };
+        let found = kernel.observe_services(observed).await;
+        let found = found.map_err(|error| error.to_string())?;
+        self.audit.services_at = Some(now());
+        let mut differing = Vec::new();
+        for (addr, scheduling) in &found {
+            let known = observed.services.get(addr);
+            if known.is_none_or(|known| known.scheduling != *scheduling) {
+                differing.push((*addr, Some(scheduling.clone())));
+            }
+        }
+        let gone = observed
+            .services
+            .keys()
+            .filter(|addr| !found.contains_key(addr));
+        differing.extend(gone.map(|addr| (*addr, None)));
+        let mut difference = Difference::default();
+        for (addr, scheduling) in differing {
+            let service = match scheduling {
+                None => None,
+                Some(scheduling) => Some(ferrule_model::service::VirtualService {
+                    scheduling,
+                    servers: kernel
+                        .observe_servers(&addr)
+                        .await
+                        .map_err(|error| error.to_string())?,
+                }),
+            };
+            difference.service(&addr, observed.services.get(&addr), service.as_ref());
+            match service {
+                Some(service) => observed.services.insert(addr, service),
+                None => observed.services.remove(&addr),
+            };
+        }
+        self.note_drift(difference);
+        Ok(())
+    }
+
+    /// Compares real servers for as long as the budget allows.
+    async fn audit_servers(&mut self) -> Result<(), String> {
+        while self.audit.may_go_on() {
+            let (Some(kernel), Some(observed)) = (&self.kernel, &mut self.observed) else {
+                return Ok(());
+            };
+            let Some(addr) = self.audit.next_service(observed) else {
+                return Ok(());
+            };
+            let began = Instant::now();
+            let servers = kernel.observe_servers(&addr).await;
+            let servers = servers.map_err(|error| error.to_string())?;
+            self.audit.spent(began);
+            let Some(believed) = observed.services.get_mut(&addr) else {
+                continue;
+            };
+            if believed.servers == servers {
+                continue;
+            }
+            let before = believed.clone();
+            believed.servers = servers;
+            let mut difference = Difference::default();
+            difference.service(&addr, Some(&before), Some(believed));
+            self.note_drift(difference);
+        }
+        Ok(())
+    }
+
+    /// Looks at what events say has changed: the VIP device, addresses, routes.
+    async fn look_at_network(&mut self) {
+        let device = self.kernel.as_ref().map(Node::device_index);
+        self.network.judge(device, self.observed.as_ref());
+        if self.network.device_is_suspect()
+            && let Err(error) = self.audit_device().await
+        {
+            self.kernel = None;
+            self.observed = None;
+            self.kernel_fault(&error, "the VIP device cannot be had");
+        }
+        if let Some(own) = self.network.addresses(&mut self.faults).await {
+            self.dirty.merge(self.view.set_own(own));
+            self.network.routes_are_suspect();
+        }
+    }
+
+    async fn audit_device(&mut self) -> Result<(), String> {
+        let (Some(kernel), Some(observed)) = (&mut self.kernel, &mut self.observed) else {
+            return Ok(());
+        };
+        if kernel.ensure_device().await.map_err(|e| e.to_string())? {
+            let words = format!("device {} was gone", self.settings.vip_device);
+            self.drifts.note("device", &[words]);
+        }
+        let found = Observed {
+            bound: kernel.observe_vips().await.map_err(|e| e.to_string())?,
+            ..Observed::default()
+        };
+        let mut difference = Difference::default();
+        difference.vips(observed, &found);
+        observed.bound = found.bound;
+        self.note_drift(difference);
+        Ok(())
+    }
+
+    async fn routes(&mut self) {
+        self.network
+            .reconcile_routes(
+                &self.view,
+                self.complete,
+                &mut self.faults,
+                &mut self.drifts,
+            )
+            .await;
+    }
+}
+
+/// Whom a fault of a change is filed under.
+fn about(change: &Change) -> About {
+    change
+        .frontend()
+        .map_or(About::Address(change.ip()), About::Frontend)
+}
+
+/// Whether a change takes something away that may still be wanted.
+fn removes(change: &Change) -> bool {
+    match change {
+        Change::RemoveService(_)
+        | Change::DisallowFrontend(_)
+        | Change::RemoveExternal(_)
+        | Change::UnbindVip(_)
+        | Change::UnguardVip(_)
+        | Change::RemoveServer(..)
+        | Change::RemoveHairpin(_) => true,
+        Change::GuardVip(_)
+        | Change::BindVip(_)
+        | Change::AllowFrontend(_)
+        | Change::AddExternal(_)
+        | Change::AddHairpin(_)
+        | Change::AddService(..)
+        | Change::UpdateService(..)
+        | Change::AddServer(..)
+        | Change::UpdateServer(..) => false,
+    }
+}

@@ -1,0 +1,485 @@
+//! The machine's devices, addresses and routes as far as they concern us:
+//! followed by events, looked at only when an event says so.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use ferrule_datapath::routes::{MachineAddress, RouteTable, Routes};
+use ferrule_model::condition::{Condition, Reason};
+use ferrule_model::kube::Kind;
+use ferrule_model::network::cluster_object;
+use ferrule_model::observed::Observed;
+use ferrule_model::ownership::{HOST_VETH_PREFIX, owns_node_route};
+use ferrule_model::routes::NodeRoute;
+use ferrule_model::source_nat::OwnAddress;
+use ferrule_model::view::NodeView;
+use ferrule_netlink::{Error, Monitor};
+use ipnetwork::IpNetwork;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
+use tracing::{info, warn};
+
+use super::audit::Drifts;
+use super::faults::{About, Faults, remedy};
+
+/// Shortest time between two looks at addresses and routes, however many events come.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Pause before something that failed is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What is known of devices, addresses and routes.
+pub(super) struct Network {
+    vip_device: String,
+    monitor: Option<Monitor>,
+    /// Events that were not judged yet; `None` in it stands for lost ones.
+    inbox: Vec<Option<RouteNetlinkMessage>>,
+    socket: Option<Routes>,
+    device_suspect: bool,
+    addresses_suspect: bool,
+    routes_suspect: bool,
+    next_look: Instant,
+    own: Option<Vec<OwnAddress>>,
+    table: Option<RouteTable>,
+    conditions: Vec<Condition>,
+}
+
+impl Network {
+    pub(super) fn new(vip_device: String) -> Self {
+        Self {
+            vip_device,
+            monitor: None,
+            inbox: Vec::new(),
+            socket: None,
+            device_suspect: false,
+            addresses_suspect: true,
+            routes_suspect: true,
+            next_look: Instant::now(),
+            own: None,
+            table: None,
+            conditions: Vec::new(),
+        }
+    }
+
+    /// Opens what is not open. What failed is tried again by later calls.
+    pub(super) fn open(&mut self, faults: &mut Faults) {
+        if self.monitor.is_none() {
+            match Monitor::open() {
+                Ok(monitor) => {
+                    self.monitor = Some(monitor);
+                    faults.clear(About::Monitor);
+                }
+                Err(error) => fail(
+                    faults,
+                    About::Monitor,
+                    "kernel",
+                    &format!("cannot listen for changes of devices, addresses and routes: {error}"),
+                    &error,
+                ),
+            }
+        }
+        if self.socket.is_none() {
+            match Routes::open() {
+                Ok(socket) => self.socket = Some(socket),
+                Err(error) => {
+                    let words = format!("cannot ask for addresses and routes: {error}");
+                    fail(faults, About::Addresses, "kernel", &words, &error);
+                }
+            }
+        }
+    }
+
+    /// Returns when there may be something to look at. Nothing is lost when it
+    /// is given up on the way.
+    pub(super) async fn news(&mut self, faults: &mut Faults) {
+        self.open(faults);
+        let Some(monitor) = &mut self.monitor else {
+            tokio::time::sleep(RETRY).await;
+            return;
+        };
+        match monitor.next().await {
+            Ok(messages) => self.inbox.extend(messages.into_iter().map(Some)),
+            // Events were lost: everything that they are about may have changed.
+            Err(Error::Overrun | Error::Decode(_)) => self.inbox.push(None),
+            Err(error) => {
+                warn!(%error, "news of devices, addresses and routes ended; listening anew");
+                self.monitor = None;
+                self.inbox.push(None);
+            }
+        }
+    }
+
+    /// Judges the events that came: which of them were not our own doing.
+    pub(super) fn judge(&mut self, device: Option<u32>, observed: Option<&Observed>) {
+        for message in std::mem::take(&mut self.inbox) {
+            match message {
+                None => {
+                    self.device_suspect = true;
+                    self.addresses_suspect = true;
+                    self.routes_suspect = true;
+                }
+                Some(RouteNetlinkMessage::NewLink(link)) => self.judge_link(&link, false, device),
+                Some(RouteNetlinkMessage::DelLink(link)) => self.judge_link(&link, true, device),
+                Some(RouteNetlinkMessage::NewAddress(address)) => {
+                    self.judge_address(&address, true, device, observed);
+                }
+                Some(RouteNetlinkMessage::DelAddress(address)) => {
+                    self.judge_address(&address, false, device, observed);
+                }
+                Some(RouteNetlinkMessage::NewRoute(route)) => self.judge_route(&route, true),
+                Some(RouteNetlinkMessage::DelRoute(route)) => self.judge_route(&route, false),
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn judge_link(&mut self, link: &LinkMessage, gone: bool, device: Option<u32>) {
+        let name = link
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.as_str()),
+                _ => None,
+            });
+        let is_device = Some(link.header.index) == device;
+        if is_device || name == Some(&self.vip_device) {
+            self.device_suspect |= gone || !is_device;
+        } else if name.is_none_or(|name| !name.starts_with(HOST_VETH_PREFIX)) {
+            // The routes over a device that goes down vanish without an event of their own.
+            self.addresses_suspect = true;
+            self.routes_suspect = true;
+        }
+    }
+
+    fn judge_address(
+        &mut self,
+        message: &AddressMessage,
+        present: bool,
+        device: Option<u32>,
+        observed: Option<&Observed>,
+    ) {
+        if Some(message.header.index) != device {
+            self.addresses_suspect = true;
+            return;
+        }
+        let ip = message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                AddressAttribute::Address(ip) => Some(*ip),
+                _ => None,
+            });
+        let link_local = matches!(ip, Some(IpAddr::V6(ip)) if ip.is_unicast_link_local());
+        let believed = observed
+            .zip(ip)
+            .is_some_and(|(observed, ip)| observed.bound.contains(&ip));
+        self.device_suspect |= believed != present && !link_local;
+    }
+
+    fn judge_route(&mut self, message: &RouteMessage, present: bool) {
+        if message.header.table != RouteHeader::RT_TABLE_MAIN {
+            return;
+        }
+        let gateway = message.attributes.iter().any(|attribute| {
+            matches!(
+                attribute,
+                RouteAttribute::Gateway(_) | RouteAttribute::Via(_)
+            )
+        });
+        let ours = owns_node_route(message.header.protocol.into(), gateway);
+        let listed = route_of(message);
+        let known = match (&self.table, listed) {
+            (Some(table), Some(route)) => table.ours.contains(&route),
+            (_, _) => false,
+        };
+        let concerns_us = self.table.as_ref().is_none_or(|table| {
+            let prefix = destination(message);
+            prefix.is_some_and(|prefix| {
+                table.ours.iter().any(|route| route.destination == prefix)
+                    || table.foreign.contains_key(&prefix)
+            })
+        });
+        self.routes_suspect |= if ours { known != present } else { concerns_us };
+    }
+
+    /// Whether the VIP device or its addresses may be otherwise than believed.
+    /// Asked once, the suspicion is over.
+    pub(super) fn device_is_suspect(&mut self) -> bool {
+        std::mem::take(&mut self.device_suspect)
+    }
+
+    /// Nodes, addresses or routes changed.
+    pub(super) fn routes_are_suspect(&mut self) {
+        self.routes_suspect = true;
+    }
+
+    /// When there is something to look at without news.
+    pub(super) fn wake_at(&self) -> Option<Instant> {
+        (self.addresses_suspect || self.routes_suspect).then_some(self.next_look)
+    }
+
+    /// Whether the machine's addresses have been read.
+    pub(super) fn is_known(&self) -> bool {
+        self.own.is_some()
+    }
+
+    /// The machine's addresses, if they are news.
+    pub(super) async fn addresses(&mut self, faults: &mut Faults) -> Option<Vec<OwnAddress>> {
+        if !self.addresses_suspect || Instant::now() < self.next_look {
+            return None;
+        }
+        self.open(faults);
+        let socket = self.socket.as_ref()?;
+        match socket.addresses().await {
+            Ok(found) => {
+                self.addresses_suspect = false;
+                faults.clear(About::Addresses);
+                let own: Vec<OwnAddress> = found
+                    .into_iter()
+                    .filter(|address| address.device != self.vip_device)
+                    .filter_map(own_address)
+                    .collect();
+                if self.own.as_ref() == Some(&own) {
+                    return None;
+                }
+                let ips: BTreeSet<IpAddr> = own.iter().map(|address| address.ip).collect();
+                info!(addresses = ?ips, "addresses of this node");
+                self.own = Some(own.clone());
+                Some(own)
+            }
+            Err(error) => {
+                let words = format!("cannot list the machine's addresses: {error}");
+                fail(faults, About::Addresses, "kernel", &words, &error);
+                self.give_up(&error);
+                None
+            }
+        }
+    }
+
+    fn give_up(&mut self, error: &Error) {
+        self.next_look = Instant::now() + RETRY;
+        if error.leaves_doubt() {
+            self.socket = None;
+        }
+    }
+
+    /// Makes the routes to other nodes' pods as they should be, if they may not be.
+    pub(super) async fn reconcile_routes(
+        &mut self,
+        view: &NodeView,
+        complete: bool,
+        faults: &mut Faults,
+        drifts: &mut Drifts,
+    ) {
+        let due = Instant::now() >= self.next_look;
+        if !self.routes_suspect || !due || self.own.is_none() {
+            return;
+        }
+        self.next_look = Instant::now() + LOOK;
+        self.open(faults);
+        let Some(socket) = &self.socket else {
+            return;
+        };
+        let found = match socket.list().await {
+            Ok(found) => found,
+            Err(error) => {
+                let words = format!("cannot list routes: {error}");
+                fail(faults, About::Routes, "kernel", &words, &error);
+                self.give_up(&error);
+                return;
+            }
+        };
+        faults.clear(About::Routes);
+        self.routes_suspect = false;
+        let (wanted, mut conditions) = view.routes();
+        if let Some(believed) = &self.table {
+            let gone = believed.ours.difference(&found.ours);
+            let gone: Vec<String> = gone
+                .filter(|route| wanted.values().any(|wanted| wanted == *route))
+                .map(|route| format!("route {route} was gone"))
+                .collect();
+            drifts.note("route", &gone);
+        }
+        let mut table = found;
+        self.replace_gateways(&wanted, &mut table, faults).await;
+        let Some(socket) = &self.socket else {
+            return;
+        };
+        let remove: Vec<NodeRoute> = table
+            .ours
+            .iter()
+            .filter(|route| complete && wanted.get(&route.destination) != Some(*route))
+            .copied()
+            .collect();
+        let results = socket.remove(&remove).await;
+        note_results(&remove, &results, "remove", &mut table, faults);
+        let mut add = Vec::new();
+        for route in wanted.values().filter(|route| !table.ours.contains(*route)) {
+            match table.foreign.get(&route.destination) {
+                None => add.push(*route),
+                Some(theirs) => conditions.push(conflict(view, route, theirs)),
+            }
+        }
+        let results = socket.add(&add).await;
+        note_results(&add, &results, "add", &mut table, faults);
+        if results.iter().any(Result::is_err) {
+            self.routes_suspect = true;
+            self.next_look = Instant::now() + RETRY;
+        }
+        for route in wanted.values() {
+            if table.ours.contains(route) {
+                faults.clear(About::Route(route.destination));
+            }
+        }
+        conditions.sort();
+        for condition in conditions.iter().filter(|c| !self.conditions.contains(c)) {
+            warn!(object = %condition.object, reason = %condition.reason, "{}", condition.message);
+        }
+        self.conditions = conditions;
+        self.table = Some(table);
+    }
+
+    /// A Node that moved: its route changes in place.
+    async fn replace_gateways(
+        &self,
+        wanted: &BTreeMap<IpNetwork, NodeRoute>,
+        table: &mut RouteTable,
+        faults: &mut Faults,
+    ) {
+        let Some(socket) = &self.socket else {
+            return;
+        };
+        let mut old = Vec::new();
+        let mut new = Vec::new();
+        for route in wanted.values().filter(|route| !table.ours.contains(*route)) {
+            let mut present = table
+                .ours
+                .iter()
+                .filter(|ours| ours.destination == route.destination);
+            // With another's beside it, or several of ours, it is not certain which one would go.
+            if let (Some(former), None) = (present.next(), present.next())
+                && !table.foreign.contains_key(&route.destination)
+            {
+                old.push(*former);
+                new.push(*route);
+            }
+        }
+        let results = socket.replace(&new).await;
+        for (former, result) in old.iter().zip(&results) {
+            if result.is_ok() {
+                table.ours.remove(former);
+            }
+        }
+        note_results(&new, &results, "add", table, faults);
+    }
+
+    /// How many routes to other nodes' pods there are.
+    pub(super) fn route_count(&self) -> usize {
+        self.table.as_ref().map_or(0, |table| table.ours.len())
+    }
+
+    /// Nodes to whose pods there is no route of ours, and why.
+    pub(super) fn conditions(&self) -> &[Condition] {
+        &self.conditions
+    }
+}
+
+fn note_results(
+    routes: &[NodeRoute],
+    results: &[Result<(), Error>],
+    verb: &str,
+    table: &mut RouteTable,
+    faults: &mut Faults,
+) {
+    for (route, result) in routes.iter().zip(results) {
+        match result {
+            Ok(()) => {
+                info!("{verb} route {route}");
+                if verb == "add" {
+                    table.ours.insert(*route);
+                } else {
+                    table.ours.remove(route);
+                }
+                faults.clear(About::Route(route.destination));
+            }
+            Err(error) => fail(
+                faults,
+                About::Route(route.destination),
+                &format!("route {route}"),
+                &format!("cannot {verb} it: {error}"),
+                error,
+            ),
+        }
+    }
+}
+
+fn conflict(view: &NodeView, route: &NodeRoute, theirs: &str) -> Condition {
+    let holder = view.cluster().nodes().find(|(_, node)| {
+        node.pod_cidrs()
+            .any(|text| ferrule_model::network::parse_network(text) == Ok(route.destination))
+    });
+    Condition {
+        object: cluster_object(Kind::Node, holder.map_or("", |(name, _)| name)),
+        reason: Reason::RouteConflict,
+        message: format!(
+            "spec.podCIDRs: another program's route leads to {} ({theirs}); it is left alone and \
+             ours via {} is not made, remove that one if it is wrong",
+            route.destination, route.gateway
+        ),
+    }
+}
+
+fn fail(faults: &mut Faults, about: About, object: &str, words: &str, error: &Error) {
+    let remedy = remedy(error.errno(), None);
+    if faults.note(about, object.to_owned(), words.to_owned(), &remedy) {
+        tracing::error!(object, "{words}");
+    }
+}
+
+fn own_address(address: MachineAddress) -> Option<OwnAddress> {
+    let link = IpNetwork::new(address.ip, address.prefix).ok()?;
+    Some(OwnAddress {
+        ip: address.ip,
+        link: IpNetwork::new(link.network(), link.prefix()).ok()?,
+        device: address.device,
+    })
+}
+
+fn destination(message: &RouteMessage) -> Option<IpNetwork> {
+    let ip = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Destination(netlink_packet_route::route::RouteAddress::Inet(ip)) => {
+                Some(IpAddr::V4(*ip))
+            }
+            RouteAttribute::Destination(netlink_packet_route::route::RouteAddress::Inet6(ip)) => {
+                Some(IpAddr::V6(*ip))
+            }
+            _ => None,
+        })?;
+    IpNetwork::new(ip, message.header.destination_prefix_length).ok()
+}
+
+fn route_of(message: &RouteMessage) -> Option<NodeRoute> {
+    let destination = destination(message)?;
+    let gateway = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Gateway(netlink_packet_route::route::RouteAddress::Inet(ip)) => {
+                Some(IpAddr::V4(*ip))
+            }
+            RouteAttribute::Gateway(netlink_packet_route::route::RouteAddress::Inet6(ip)) => {
+                Some(IpAddr::V6(*ip))
+            }
+            _ => None,
+        })?;
+    Some(NodeRoute {
+        destination,
+        gateway,
+    })
+}

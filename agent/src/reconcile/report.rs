@@ -1,0 +1,453 @@
+//! What the reconciler tells about itself: the answers to `status` and its
+//! listings.
+//!
+//! Questions come over a channel and are answered between two passes, so that
+//! an answer is never half of one state and half of another. Who asks waits for
+//! a bounded time ([`Asker`]): a pass over tens of thousands of Services takes
+//! a while, and then the last status has to do.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferrule_api::status::{
+    self, Drift, FrontendRow, FrontendRows, Health, MAX_LISTED, MAX_ROWS, ObjectCondition, Packets,
+    PodStatus, Problem, Programmed, SocketStatus, SourceStatus, Status, cut,
+};
+use ferrule_datapath::{filter::counters, ipvs::Stats};
+use ferrule_model::address::{Family, FrontendAddr};
+use ferrule_model::condition::Condition;
+use ferrule_model::desired::{Action, Frontend, FrontendKind};
+use ferrule_model::names::ObjectName;
+use ferrule_model::plan::ConditionRow;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use super::Reconciler;
+use super::faults::now;
+use crate::plan;
+use crate::source::folder::Report;
+
+/// How long an answer may take before an older one is given.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long statistics of virtual services serve for the further parts of a listing.
+const FRESH: Duration = Duration::from_secs(10);
+
+/// Separates the parts of a cursor; less than any character of a name, so that
+/// cursors are ordered as the rows are.
+const SEPARATOR: char = '\u{1}';
+
+/// A question.
+#[derive(Debug)]
+pub(crate) enum Query {
+    /// How the node fares.
+    Status(oneshot::Sender<Box<Status>>),
+    /// A part of the list of frontends, behind a cursor.
+    Frontends(Option<String>, oneshot::Sender<FrontendRows>),
+}
+
+/// The way to ask.
+#[derive(Clone, Debug)]
+pub(crate) struct Asker {
+    queries: mpsc::Sender<Query>,
+    last: Arc<Mutex<Option<Box<Status>>>>,
+}
+
+impl Asker {
+    pub(crate) fn new(queries: mpsc::Sender<Query>) -> Self {
+        Self {
+            queries,
+            last: Arc::default(),
+        }
+    }
+
+    /// How the node fares; the last answer, with a problem that says so, where
+    /// there is none in time. `None` when there never was one.
+    pub(crate) async fn status(&self) -> Option<Box<Status>> {
+        let answer = self.ask(Query::Status).await;
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(status) = answer {
+            *last = Some(status.clone());
+            return Some(status);
+        }
+        let mut status = last.clone()?;
+        drop(last);
+        let since = status.now;
+        status.now = now();
+        status.health = Health::Degraded;
+        status.problems.insert(
+            0,
+            Problem {
+                object: "agent".to_owned(),
+                problem: format!(
+                    "is busy changing the kernel and has not answered within {PATIENCE:?}; what is shown is older"
+                ),
+                remedy: "ask again in a moment; if it stays so, see the agent's log".to_owned(),
+                since,
+                attempts: 0,
+            },
+        );
+        status.problems.truncate(MAX_LISTED);
+        status.problem_count += 1;
+        Some(status)
+    }
+
+    /// A part of the list of frontends; `None` without an answer in time.
+    pub(crate) async fn frontends(&self, after: Option<String>) -> Option<FrontendRows> {
+        self.ask(|reply| Query::Frontends(after, reply)).await
+    }
+
+    async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            self.queries.send(query(reply)).await.ok()?;
+            answer.await.ok()
+        };
+        timeout(PATIENCE, exchange).await.ok().flatten()
+    }
+}
+
+/// Where the facts come from, and what is wrong there.
+#[derive(Debug)]
+pub(super) struct Source {
+    name: String,
+    pub(super) report: Report,
+    pub(super) last_event: Option<u64>,
+    started: u64,
+    /// Since when each problem of the report stands.
+    since: BTreeMap<String, u64>,
+}
+
+impl Source {
+    pub(super) fn new(name: String) -> Self {
+        Self {
+            name,
+            report: Report::default(),
+            last_event: None,
+            started: now(),
+            since: BTreeMap::new(),
+        }
+    }
+
+    fn problems(&mut self, complete: bool) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if let Some(words) = &self.report.folder {
+            problems.push((
+                self.name.clone(),
+                format!("the folder {words}"),
+                "make the folder readable for the agent".to_owned(),
+            ));
+        }
+        for (path, problem) in &self.report.problems {
+            problems.push((
+                format!("file {}", path.display()),
+                format!("{}; its last good state stays in use", problem.words),
+                "correct the file, or remove it".to_owned(),
+            ));
+        }
+        if !complete {
+            problems.push((
+                self.name.clone(),
+                "not everything could be read yet: nothing is removed from the kernel".to_owned(),
+                "correct the files that are named, or remove them".to_owned(),
+            ));
+        }
+        let before = std::mem::take(&mut self.since);
+        let in_full = problems.into_iter().map(|(object, problem, remedy)| {
+            let key = format!("{object} {problem}");
+            let since = before.get(&key).copied().unwrap_or_else(now);
+            self.since.insert(key, since);
+            Problem {
+                object,
+                problem,
+                remedy,
+                since,
+                attempts: 0,
+            }
+        });
+        in_full.collect()
+    }
+}
+
+/// Counters of virtual services, read for a listing.
+#[derive(Debug, Default)]
+pub(super) struct Statistics {
+    read: Option<Instant>,
+    of: BTreeMap<FrontendAddr, Stats>,
+}
+
+impl Reconciler {
+    pub(super) async fn answer(&mut self, query: Query) {
+        // Who asked may have given up meanwhile.
+        match query {
+            Query::Status(reply) => {
+                let _gave_up = reply.send(Box::new(self.status().await));
+            }
+            Query::Frontends(after, reply) => {
+                let _gave_up = reply.send(self.frontends(after).await);
+            }
+        }
+    }
+
+    async fn status(&mut self) -> Status {
+        let mut problems: Vec<Problem> = self.faults.problems().collect();
+        problems.extend(self.source.problems(self.complete));
+        problems.extend(self.pool_problems());
+        let problem_count = problems.len();
+        problems.truncate(MAX_LISTED);
+        for problem in &mut problems {
+            cut(&mut problem.problem);
+            cut(&mut problem.object);
+        }
+        let (conditions, condition_count) = self.conditions();
+        Status {
+            health: if problem_count == 0 {
+                Health::Healthy
+            } else {
+                Health::Degraded
+            },
+            node: self.view.node().to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            started: self.source.started,
+            now: now(),
+            source: self.source_status(),
+            programmed: self.programmed(),
+            last_change: self.last_change.clone(),
+            pods: PodStatus {
+                leases: self.pods.leases().count(),
+                ranges: self.pods.leases().usage(),
+            },
+            drift: Drift {
+                repaired: self
+                    .drifts
+                    .repaired
+                    .iter()
+                    .map(|(kind, count)| ((*kind).to_owned(), *count))
+                    .collect(),
+                last: self.drifts.last.as_ref().map(|(_, words)| words.clone()),
+                last_at: self.drifts.last.as_ref().map(|(at, _)| *at),
+            },
+            audit: self.audit_status(),
+            packets: self.packets().await,
+            failed_operations: self.faults.failed(),
+            socket: SocketStatus::default(),
+            problems,
+            problem_count,
+            conditions,
+            condition_count,
+        }
+    }
+
+    fn source_status(&self) -> SourceStatus {
+        let cluster = self.view.cluster();
+        SourceStatus {
+            name: self.source.name.clone(),
+            complete: self.complete,
+            services: cluster.service_count(),
+            endpoint_slices: cluster.slice_count(),
+            nodes: cluster.nodes().count(),
+            service_cidrs: cluster.service_cidrs().count(),
+            last_event: self.source.last_event,
+        }
+    }
+
+    fn programmed(&self) -> Programmed {
+        let desired = self.view.desired();
+        let mut programmed = Programmed {
+            routes: self.network.route_count(),
+            node_addresses: desired
+                .facts()
+                .node_ports
+                .iter()
+                .take(MAX_LISTED)
+                .map(ToString::to_string)
+                .collect(),
+            pending: self.dirty.len() + self.waiting.len(),
+            ..Programmed::default()
+        };
+        let mut services = std::collections::BTreeSet::new();
+        for (_, frontend) in desired.frontends() {
+            programmed.frontends += 1;
+            services.insert(&frontend.service);
+            match frontend.action() {
+                Action::Reject => programmed.rejecting += 1,
+                Action::Balance => {}
+            }
+            match frontend.kind {
+                FrontendKind::NodePort => programmed.node_ports += 1,
+                FrontendKind::ClusterIP => {}
+            }
+        }
+        programmed.services = services.len();
+        if let Some(observed) = &self.observed {
+            programmed.vips = observed.bound.len();
+            programmed.virtual_services = observed.services.len();
+            programmed.real_servers = observed.services.values().map(|s| s.servers.len()).sum();
+        }
+        programmed
+    }
+
+    fn audit_status(&self) -> status::Audit {
+        let total = self.observed.as_ref().map_or(0, |o| o.services.len());
+        status::Audit {
+            budget_percent: self.audit.budget * 100.0,
+            done: self.audit.done.min(total),
+            total,
+            rounds: self.audit.rounds,
+            last_round: self.audit.last_round,
+            round_estimate: self.audit.estimate(total),
+            services_at: self.audit.services_at,
+            filter_at: self.audit.filter_at,
+        }
+    }
+
+    async fn packets(&self) -> Packets {
+        let mut packets = Packets::default();
+        let Some(kernel) = &self.kernel else {
+            return packets;
+        };
+        // A kernel that does not answer is a problem of the next pass.
+        let Ok(counted) = kernel.packet_counters().await else {
+            return packets;
+        };
+        let take = |names: &[&str]| {
+            let found = names.iter().filter_map(|name| {
+                let count = counted.get(*name)?;
+                Some(((*name).to_owned(), *count))
+            });
+            found.collect()
+        };
+        packets.counters = take(&counters::REFUSED);
+        packets.masqueraded = take(&counters::MASQUERADED);
+        packets
+    }
+
+    fn pool_problems(&self) -> Vec<Problem> {
+        let ranges = self.pods.leases().usage();
+        let full = ranges.into_iter().filter(|range| range.free == 0);
+        full.map(|range| Problem {
+            object: format!("pod range {}", range.range),
+            problem: format!(
+                "all {} addresses are leased: no pod can be started",
+                range.used
+            ),
+            remedy: "remove pods, or give the Node a larger spec.podCIDRs".to_owned(),
+            since: now(),
+            attempts: 0,
+        })
+        .collect()
+    }
+
+    /// The first of what is to be said about objects, and how much that is.
+    fn conditions(&self) -> (Vec<ObjectCondition>, usize) {
+        let mut rows: Vec<ConditionRow> = self
+            .view
+            .conditions()
+            .iter()
+            .map(ConditionRow::from)
+            .collect();
+        let of_routes = self.network.conditions().iter();
+        rows.extend(of_routes.map(|condition: &Condition| ConditionRow::from(condition)));
+        // Objects that cannot be read are problems of the source already.
+        let report = Report {
+            problems: Vec::new(),
+            ..self.source.report.clone()
+        };
+        rows.extend(plan::conditions(&report, Path::new("")));
+        rows.sort();
+        rows.dedup();
+        let count = rows.len();
+        let listed = rows.into_iter().take(MAX_LISTED).map(|mut row| {
+            cut(&mut row.message);
+            cut(&mut row.object);
+            ObjectCondition {
+                object: row.object,
+                reason: row.reason,
+                message: row.message,
+            }
+        });
+        (listed.collect(), count)
+    }
+
+    async fn frontends(&mut self, after: Option<String>) -> FrontendRows {
+        let stale = self
+            .statistics
+            .read
+            .is_none_or(|read| read.elapsed() > FRESH);
+        if (after.is_none() || stale)
+            && let Some(kernel) = &self.kernel
+            && let Ok(statistics) = kernel.service_statistics().await
+        {
+            self.statistics.of = statistics;
+            self.statistics.read = Some(Instant::now());
+        }
+        let limit = usize::try_from(MAX_ROWS).unwrap_or(usize::MAX);
+        let mut rows = FrontendRows::default();
+        let mut last = None;
+        let from = after.as_deref().map(service_of);
+        for (name, mut frontends) in self.view.desired().frontends_by_service(from.as_ref()) {
+            frontends.sort_by_key(|(addr, frontend)| {
+                (
+                    &frontend.port_name,
+                    Family::of(addr.ip),
+                    frontend.kind,
+                    *addr,
+                )
+            });
+            for (index, (addr, frontend)) in frontends.into_iter().enumerate() {
+                let cursor = cursor(name, index);
+                if after.as_ref().is_some_and(|after| cursor <= *after) {
+                    continue;
+                }
+                if rows.rows.len() == limit {
+                    rows.next = last;
+                    return rows;
+                }
+                rows.rows.push(self.frontend_row(addr, frontend));
+                last = Some(cursor);
+            }
+        }
+        rows
+    }
+
+    fn frontend_row(&self, addr: FrontendAddr, frontend: &Frontend) -> FrontendRow {
+        let statistics = self.statistics.of.get(&addr).copied().unwrap_or_default();
+        let wanted = frontend.virtual_service();
+        let present = self.observed.as_ref().map(|o| o.services.get(&addr));
+        FrontendRow {
+            service: frontend.service.to_string(),
+            port: frontend.port_name.clone(),
+            kind: frontend.kind.to_string(),
+            address: addr.to_string(),
+            action: match frontend.action() {
+                Action::Balance => "balance",
+                Action::Reject => "reject",
+            }
+            .to_owned(),
+            scheduler: frontend.scheduling.scheduler.name().to_owned(),
+            backends: frontend.backends.len(),
+            programmed: present == Some(wanted.as_ref()),
+            connections: statistics.connections,
+            packets_in: statistics.packets_in,
+            packets_out: statistics.packets_out,
+            bytes_in: statistics.bytes_in,
+            bytes_out: statistics.bytes_out,
+        }
+    }
+}
+
+fn cursor(name: &ObjectName, index: usize) -> String {
+    format!(
+        "{}{SEPARATOR}{}{SEPARATOR}{index:06}",
+        name.namespace, name.name
+    )
+}
+
+/// The Service that a cursor stands in; whatever a client sends, it is some place in the list.
+fn service_of(cursor: &str) -> ObjectName {
+    let mut parts = cursor.split(SEPARATOR);
+    let mut part = || parts.next().unwrap_or_default();
+    ObjectName::new(part(), part())
+}

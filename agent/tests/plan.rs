@@ -1,0 +1,502 @@
+//! `ferrule-agent plan` as a person or a script meets it: the real binary over
+//! folders of manifests.
+//!
+//! `tests/plan/NAME/` is a scenario: `manifests/`, `config.yaml` where it needs
+//! one, and `plan.json`, what must come out. `UPDATE_GOLDEN=1` writes the latter
+//! anew; read the difference before you commit it. What is expected in this file
+//! and in `plan-diff.json` is written anew by `UPDATE_EXPECT=1 cargo test`.
+
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use expect_test::{Expect, expect, expect_file};
+use ferrule_model::condition::Reason;
+use proptest::prelude::*;
+use serde_json::Value;
+use similar::TextDiff;
+use tempfile::TempDir;
+
+#[path = "plan/shown.rs"]
+mod shown;
+
+fn scenarios() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/plan")
+}
+
+fn doc(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    fs::read_to_string(path.join(name)).unwrap()
+}
+
+fn agent(folder: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrule-agent"));
+    command.arg("plan").args(arguments).current_dir(folder);
+    command.output().unwrap()
+}
+
+/// The plan of `manifests` below `folder`.
+fn plan(folder: &Path, more: &[&str]) -> Output {
+    let all = [&["--manifests", "manifests", "--node", "node-a"], more].concat();
+    agent(folder, &all)
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+/// A folder with these files below `manifests`.
+fn folder(files: &[(&str, &str)]) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("manifests")).unwrap();
+    for (name, text) in files {
+        write(&dir.path().join("manifests").join(name), text);
+    }
+    dir
+}
+
+fn write(path: &Path, text: &str) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+}
+
+fn check(name: &str) {
+    let folder = scenarios().join(name);
+    let config = folder.join("config.yaml").exists();
+    let more: &[&str] = if config {
+        &["--config", "config.yaml"]
+    } else {
+        &[]
+    };
+    let output = plan(&folder, more);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(stderr(&output), "");
+    let golden = folder.join("plan.json");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(&golden, &output.stdout).unwrap();
+        return;
+    }
+    let expected = fs::read_to_string(&golden).unwrap_or_default();
+    let diff = TextDiff::from_lines(expected.as_str(), stdout(&output));
+    assert!(
+        expected == stdout(&output),
+        "{}\nThe plan differs from {}. If it is right now, write it with\n    \
+         UPDATE_GOLDEN=1 cargo nextest run -p ferrule-agent --test plan",
+        diff.unified_diff().header("expected", "planned"),
+        golden.display()
+    );
+}
+
+macro_rules! scenario_tests {
+    ($($test:ident: $name:literal,)*) => {
+        $(#[test] fn $test() { check($name); })*
+
+        #[test]
+        fn every_folder_is_a_test() {
+            let listed = BTreeSet::from([$($name.to_owned()),*]);
+            assert_eq!(names(), listed);
+        }
+    };
+}
+
+scenario_tests! {
+    address_conflict: "address-conflict",
+    cluster_cidr: "cluster-cidr",
+    cluster_ip: "cluster-ip",
+    duplicate_object: "duplicate-object",
+    duplicate_port: "duplicate-port",
+    ignored: "ignored",
+    invalid_address: "invalid-address",
+    invalid_object: "invalid-object",
+    invalid_pod_range: "invalid-pod-range",
+    invalid_port: "invalid-port",
+    invalid_range: "invalid-range",
+    masquerade: "masquerade",
+    masquerade_all: "masquerade-all",
+    node_missing: "node-missing",
+    node_port: "node-port",
+    node_port_addresses: "node-port-addresses",
+    node_port_primary: "node-port-primary",
+    reject: "reject",
+    unsupported: "unsupported",
+}
+
+/// Names of all scenarios.
+fn names() -> BTreeSet<String> {
+    let entries = fs::read_dir(scenarios()).unwrap();
+    entries
+        .map(Result::unwrap)
+        .filter(|entry| entry.path().is_dir())
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect()
+}
+
+#[test]
+fn every_reason_that_a_plan_can_have_is_in_a_scenario() {
+    let mut seen: BTreeSet<String> = BTreeSet::new();
+    for name in names() {
+        let golden = fs::read_to_string(scenarios().join(name).join("plan.json")).unwrap();
+        let golden: Value = serde_json::from_str(&golden).unwrap();
+        let conditions = golden["conditions"].as_array().unwrap();
+        seen.extend(
+            conditions
+                .iter()
+                .map(|c| c["reason"].as_str().unwrap().to_owned()),
+        );
+    }
+    let machine_only = [Reason::RouteConflict, Reason::NoSharedLink];
+    let expected = Reason::ALL
+        .into_iter()
+        .filter(|r| !machine_only.contains(r));
+    assert_eq!(seen, expected.map(|r| r.to_string()).collect());
+}
+
+/// Every document of all scenarios that has a name, each object once.
+fn documents() -> Vec<String> {
+    let mut known = BTreeMap::new();
+    let mut files = Vec::new();
+    let mut waiting: Vec<PathBuf> = names().iter().map(|name| scenarios().join(name)).collect();
+    while let Some(folder) = waiting.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                waiting.push(path);
+            } else if path.extension().is_some_and(|e| e == "yaml" || e == "json")
+                && path.components().any(|c| c.as_os_str() == "manifests")
+                && !path.file_name().unwrap().to_str().unwrap().starts_with('.')
+            {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    for path in files {
+        for text in fs::read_to_string(path).unwrap().split("\n---\n") {
+            let value: Option<Value> = serde_saphyr::from_str(text).unwrap();
+            // The items of a list are objects of their own.
+            let (value, text) = match value {
+                Some(value) => (value, text.to_owned()),
+                None => continue,
+            };
+            let items = value["items"].as_array();
+            let single = vec![value.clone()];
+            for item in items.unwrap_or(&single) {
+                let text = if items.is_some() {
+                    item.to_string()
+                } else {
+                    text.clone()
+                };
+                let key = [
+                    &item["apiVersion"],
+                    &item["kind"],
+                    &item["metadata"]["namespace"],
+                    &item["metadata"]["name"],
+                ];
+                let named = key[3].is_string() && key[0].is_string();
+                if named {
+                    known.entry(format!("{key:?}")).or_insert(text);
+                }
+            }
+        }
+    }
+    known.into_values().collect()
+}
+
+/// Where a document goes, and in which order.
+const FILES: [&str; 6] = [
+    "a.yaml",
+    "b.yml",
+    "c.json",
+    "sub/a.yaml",
+    "sub/deeper/a.json",
+    "z/a.yaml",
+];
+
+/// Writes the documents into files, in the order of `places`: order, file. Each
+/// file has one of three forms.
+fn split(documents: &[String], places: &[(u64, usize)], forms: [u8; FILES.len()]) -> TempDir {
+    let mut order: Vec<_> = places.iter().zip(documents).collect();
+    order.sort();
+    let dir = folder(&[]);
+    for (file, (name, form)) in FILES.iter().zip(forms).enumerate() {
+        let mine: Vec<&str> = order
+            .iter()
+            .filter(|((_, place), _)| *place == file)
+            .map(|(_, document)| document.as_str())
+            .collect();
+        let as_json = |text: &&str| serde_saphyr::from_str::<Value>(text).unwrap();
+        let text = match form {
+            _ if mine.is_empty() => continue,
+            0 if !name.ends_with("json") => mine.join("\n---\n"),
+            1 if !name.ends_with("json") => {
+                let indented = mine.iter().map(|text| text.replace('\n', "\n    "));
+                let items: Vec<String> =
+                    indented.map(|text| format!("  -\n    {text}\n")).collect();
+                format!("kind: List\napiVersion: v1\nitems:\n{}", items.concat())
+            }
+            _ => serde_json::to_string_pretty(&serde_json::json!({
+                "apiVersion": "v1",
+                "kind": "List",
+                "items": mine.iter().map(as_json).collect::<Vec<_>>(),
+            }))
+            .unwrap(),
+        };
+        write(&dir.path().join("manifests").join(name), &text);
+    }
+    dir
+}
+
+#[test]
+fn order_and_split_of_the_files_do_not_matter() {
+    let documents = documents();
+    assert!(documents.len() > 60, "{}", documents.len());
+    let places = vec![(0, 0); documents.len()];
+    let first = plan(split(&documents, &places, [0; FILES.len()]).path(), &[]);
+    assert_eq!(first.status.code(), Some(0), "{first:?}");
+    let json: Value = serde_json::from_slice(&first.stdout).unwrap();
+    assert!(json["frontends"].as_array().unwrap().len() > 30, "{json}");
+    assert!(json["conditions"].as_array().unwrap().len() > 20, "{json}");
+    let places = proptest::collection::vec((any::<u64>(), 0..FILES.len()), documents.len());
+    let forms = proptest::array::uniform6(0..3_u8);
+    let config = ProptestConfig {
+        cases: 48,
+        // A failure names its input; what is kept on disk would be of old scenarios.
+        failure_persistence: None,
+        max_shrink_iters: 200,
+        ..ProptestConfig::default()
+    };
+    proptest!(config, |(places in places, forms in forms)| {
+        let again = plan(split(&documents, &places, forms).path(), &[]);
+        prop_assert_eq!(again.status.code(), Some(0));
+        let diff = TextDiff::from_lines(stdout(&first), stdout(&again));
+        prop_assert!(first.stdout == again.stdout, "{}", diff.unified_diff());
+    });
+}
+
+const NODE: &str = "
+apiVersion: v1
+kind: Node
+metadata: {name: node-a}
+spec: {podCIDRs: [10.244.1.0/24]}
+status: {addresses: [{type: InternalIP, address: 192.0.2.10}]}
+";
+
+const WEB: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  type: NodePort
+  clusterIPs: [10.96.0.10]
+  ports: [{name: http, port: 80, nodePort: 30080}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints:
+  - {addresses: [10.244.1.5], nodeName: node-a}
+  - {addresses: [10.244.2.5], nodeName: node-b}
+";
+
+#[test]
+fn a_file_that_cannot_be_read_is_1_and_the_rest_is_planned() {
+    let dir = folder(&[
+        ("node.yaml", NODE),
+        ("web.yaml", WEB),
+        (
+            "broken/syntax.yaml",
+            "kind: Service\napiVersion: v1\nmetadata: {name: x\nspec: [\n",
+        ),
+        (
+            "broken/half.yaml",
+            "apiVersion: v1\nkind: Service\nmetadata: {name: half}\nspec: {clusterIP: 10.96.0.11, ports: [{port: 80}]}\n---\na: 1\n b: 2\n",
+        ),
+        (
+            "broken/object.yaml",
+            "\n\napiVersion: v1\nkind: Service\nmetadata: {name: y}\nspec: {ports: [{port: no}]}\n",
+        ),
+    ]);
+    let manifests = dir.path().join("manifests");
+    fs::write(manifests.join("latin1.yaml"), b"# one\n# Stra\xdfe\n").unwrap();
+    std::os::unix::fs::symlink("nowhere", manifests.join("link.yaml")).unwrap();
+    std::os::unix::fs::symlink("loop.yaml", manifests.join("loop.yaml")).unwrap();
+    let output = plan(dir.path(), &[]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = json["frontends"].as_array().unwrap();
+    let services: Vec<&str> = rows
+        .iter()
+        .map(|r| r["service"].as_str().unwrap())
+        .collect();
+    assert_eq!(services, ["default/half", "default/web", "default/web"]);
+    let conditions = json["conditions"].as_array().unwrap();
+    assert_eq!(conditions.len(), 1, "{json}");
+    assert_eq!(conditions[0]["object"], "Service default/y");
+    expect![[r"
+        ferrule-agent plan: manifests/broken/half.yaml: line 7: mapping values are not allowed in this context
+        ferrule-agent plan: manifests/broken/syntax.yaml: line 4: while parsing a flow mapping, did not find expected ',' or '}'
+        ferrule-agent plan: manifests/latin1.yaml: line 2: is not UTF-8; write the file in UTF-8
+        ferrule-agent plan: manifests/link.yaml: cannot be read: No such file or directory (os error 2)
+        ferrule-agent plan: manifests/loop.yaml: cannot be read: Too many levels of symbolic links (os error 40)
+    "]].assert_eq(stderr(&output));
+}
+
+#[test]
+fn wrong_usage_is_2_and_names_the_remedy() {
+    let dir = folder(&[("node.yaml", NODE)]);
+    write(
+        &dir.path().join("unknown.yaml"),
+        "apiVersion: ferrule.io/v1alpha1\nkind: AgentConfiguration\nclusterCidr: 10.0.0.0/8\n",
+    );
+    write(
+        &dir.path().join("range.yaml"),
+        "apiVersion: ferrule.io/v1alpha1\nkind: AgentConfiguration\nclusterCIDR: 10.0.0.1\n",
+    );
+    let node = ["--node", "node-a"];
+    let here = ["--manifests", "manifests"];
+    let cases: [(&[&[&str]], Expect); 8] = [
+        (
+            &[&here],
+            expect![[r"
+            error: the following required arguments were not provided:
+              --node <NAME>
+
+            Usage: ferrule-agent plan --manifests <DIR> --node <NAME>
+
+            For more information, try '--help'.
+        "]],
+        ),
+        (
+            &[&node],
+            expect![[r"
+            error: the following required arguments were not provided:
+              --manifests <DIR>
+
+            Usage: ferrule-agent plan --manifests <DIR> --node <NAME>
+
+            For more information, try '--help'.
+        "]],
+        ),
+        (
+            &[&here, &node, &["--config", "nowhere.yaml"]],
+            expect![[r"
+                ferrule-agent plan: configuration nowhere.yaml: cannot be read: No such file or directory (os error 2)
+            "]],
+        ),
+        (
+            &[&here, &node, &["--config", "unknown.yaml"]],
+            expect![[r"
+                ferrule-agent plan: configuration unknown.yaml: unknown field `clusterCidr`, expected one of apiVersion, kind, clusterCIDR, serviceCIDRs, nodePortAddresses, nonMasqueradeCIDRs, masqueradeAll, nodePortRange, auditBudgetPercent at line 3, column 1
+            "]],
+        ),
+        (
+            &[&here, &node, &["--config", "range.yaml"]],
+            expect![[r#"
+                ferrule-agent plan: configuration range.yaml: clusterCIDR: "10.0.0.1" is not a network in CIDR notation, such as 10.244.0.0/16
+            "#]],
+        ),
+        (
+            &[&node, &["--manifests", "nowhere"]],
+            expect![[r"
+            ferrule-agent plan: --manifests nowhere: cannot be listed: No such file or directory (os error 2); name a folder of manifests
+        "]],
+        ),
+        (
+            &[&node, &["--manifests", "unknown.yaml"]],
+            expect![[r"
+            ferrule-agent plan: --manifests unknown.yaml: cannot be listed: Not a directory (os error 20); name a folder of manifests
+        "]],
+        ),
+        (
+            &[&here, &node, &["--diff", "nowhere"]],
+            expect![[r"
+            ferrule-agent plan: --diff nowhere: cannot be listed: No such file or directory (os error 2); name a folder of manifests
+        "]],
+        ),
+    ];
+    for (arguments, said) in cases {
+        let output = agent(dir.path(), &arguments.concat());
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        assert_eq!(stdout(&output), "");
+        said.assert_eq(stderr(&output));
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is() {
+    let dir = folder(&[("node.yaml", NODE), ("web.yaml", WEB)]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrule-agent"));
+    command.args(["plan", "--manifests", "manifests", "--node", "node-a"]);
+    command.current_dir(dir.path());
+    command.stdout(fs::File::options().write(true).open("/dev/full").unwrap());
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(stderr(&output).contains("standard output"), "{output:?}");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = command.stdout(writer).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(stderr(&output), "");
+}
+
+/// The parser's own limit is 250,000 nodes, and `kubectl get services -A` of a
+/// large cluster writes more into one list. The kind is foreign here, because
+/// that takes the least time.
+#[test]
+fn a_big_document_is_read_whole() {
+    let nodes = "0,".repeat(260_000);
+    let big = format!("apiVersion: v1\nkind: Foreign\ndata: [{nodes}0]\n---\n{WEB}");
+    let dir = folder(&[("all.yaml", &big), ("node.yaml", NODE)]);
+    let output = plan(dir.path(), &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["frontends"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn yaml_as_people_and_tools_write_it() {
+    let dir = folder(&[
+        (
+            "mark.yaml",
+            "\u{feff}---\r\napiVersion: v1\r\nkind: Service\r\nmetadata:\r\n  name: mark\r\nspec: {clusterIP: 10.96.1.1, ports: [{port: 80}]}\r\n",
+        ),
+        (
+            "directive.yaml",
+            "%YAML 1.2\n---\napiVersion: v1\nkind: Service\nmetadata: {name: directive, namespace: \"\"}\nspec: {clusterIP: 10.96.1.2, ports: [{port: 80}]}\n...\n",
+        ),
+        (
+            "tabs.json",
+            "{\n\t\"apiVersion\": \"v1\",\n\t\"kind\": \"Service\",\n\t\"metadata\": {\"name\": \"tabs\", \"annotations\": {\"a\": \"\\ud83d\\ude00 \\/\"}},\n\t\"spec\": {\"clusterIP\": \"10.96.1.3\", \"ports\": [{\"port\": 80}]}\n}\n",
+        ),
+        (
+            "anchor.yaml",
+            "apiVersion: v1\nkind: Service\nmetadata: {name: &name anchor, labels: {app: *name}}\nspec:\n  clusterIP: 10.96.1.4\n  ports: [{port: 80}]\n",
+        ),
+    ]);
+    let output = plan(dir.path(), &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = json["frontends"].as_array().unwrap();
+    let services: Vec<&str> = rows
+        .iter()
+        .map(|r| r["service"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        services,
+        [
+            "default/anchor",
+            "default/directive",
+            "default/mark",
+            "default/tabs"
+        ]
+    );
+}

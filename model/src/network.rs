@@ -1,0 +1,462 @@
+//! Which addresses are pods, which are this node's, and whose source is to be replaced.
+//!
+//! [`Policy`] is what the operator configured, [`Networks`] what follows from
+//! it and from the cluster's facts. Source NAT is decided from these alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+
+use ipnetwork::IpNetwork;
+
+use crate::address::{Family, parse_address};
+use crate::cluster::ClusterState;
+use crate::condition::{Condition, Reason};
+use crate::ipam::{PodRange, RangeError};
+use crate::kube::{AddressKind, Kind, Node, ObjectKey};
+use crate::names::ObjectName;
+
+/// Which of the node's addresses serve node ports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// Every address.
+    #[default]
+    All,
+    /// The first InternalIP of each family, else the first ExternalIP.
+    Primary,
+    /// Those within one of these networks; a family of which none is named is open.
+    Within(Vec<IpNetwork>),
+}
+
+/// What the operator decides about addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// The pod network; where empty, the pod ranges of all Nodes.
+    pub cluster_cidrs: Vec<IpNetwork>,
+    /// Ranges of cluster addresses, beside those of the ServiceCIDR objects.
+    pub service_cidrs: Vec<IpNetwork>,
+    /// Which of the node's addresses serve node ports.
+    pub node_port_addresses: NodePortAddresses,
+    /// Where pods' own addresses may appear, beside the pod and service
+    /// networks; `None` is what is link-local.
+    pub non_masquerade: Option<Vec<IpNetwork>>,
+    /// Whether every ClusterIP call gets a source of this node.
+    pub masquerade_all: bool,
+    /// Ports out of which node ports are given; a replaced source never has one of them.
+    pub node_ports: RangeInclusive<u16>,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            cluster_cidrs: Vec::new(),
+            service_cidrs: Vec::new(),
+            node_port_addresses: NodePortAddresses::All,
+            non_masquerade: None,
+            masquerade_all: false,
+            node_ports: 30_000..=32_767,
+        }
+    }
+}
+
+/// Lowest port that a replaced source may have: below are those of services.
+const LOWEST_SOURCE_PORT: u16 = 1024;
+
+impl Policy {
+    /// Ports that a replaced source may have: the larger part of the unprivileged
+    /// ones above or below the node ports.
+    #[must_use]
+    pub fn source_ports(&self) -> RangeInclusive<u16> {
+        let above = self.node_ports.end().saturating_add(1)..=u16::MAX;
+        let below = LOWEST_SOURCE_PORT..=self.node_ports.start().saturating_sub(1);
+        if *self.node_ports.end() < u16::MAX && above.len() >= below.len() {
+            above
+        } else {
+            below
+        }
+    }
+}
+
+/// Networks as they follow from the cluster's facts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Networks {
+    /// Pods of the whole cluster.
+    pub pods: BTreeSet<IpNetwork>,
+    /// Pods of this node.
+    pub node_pods: BTreeSet<IpNetwork>,
+    /// Where pods' own addresses may appear.
+    pub non_masquerade: BTreeSet<IpNetwork>,
+    /// Ranges of cluster addresses.
+    pub services: BTreeSet<IpNetwork>,
+}
+
+impl Networks {
+    /// What holds for the node of that name. What cannot be read is in the conditions.
+    #[must_use]
+    pub fn new(cluster: &ClusterState, node: &str, policy: &Policy) -> (Self, Vec<Condition>) {
+        let mut conditions = Vec::new();
+        let mut networks = Self {
+            pods: policy.cluster_cidrs.iter().copied().collect(),
+            services: policy.service_cidrs.iter().copied().collect(),
+            ..Self::default()
+        };
+        for (name, object) in cluster.nodes() {
+            let ranges = pod_ranges(name, object, &mut conditions);
+            if name == node {
+                networks.node_pods.extend(&ranges);
+            }
+            if policy.cluster_cidrs.is_empty() {
+                networks.pods.extend(ranges);
+            }
+        }
+        for (name, object) in cluster.service_cidrs() {
+            for text in &object.spec.cidrs {
+                match parse_network(text) {
+                    Ok(network) => {
+                        networks.services.insert(network);
+                    }
+                    Err(problem) => conditions.push(Condition {
+                        object: cluster_object(Kind::ServiceCidr, name),
+                        reason: Reason::InvalidRange,
+                        message: format!(
+                            "spec.cidrs: {problem}; the range is left out, correct it"
+                        ),
+                    }),
+                }
+            }
+        }
+        // Pods see one another's own addresses whatever else is configured.
+        networks.non_masquerade = &networks.pods | &networks.services;
+        match &policy.non_masquerade {
+            Some(also) => networks.non_masquerade.extend(also),
+            None => networks.non_masquerade.extend(link_local()),
+        }
+        (networks, conditions)
+    }
+
+    /// Whether `ip` lies in the pod network. Without a pod network of its
+    /// family nothing is known to lie outside.
+    #[must_use]
+    pub fn is_outside(&self, ip: IpAddr) -> bool {
+        let mut of_family = self
+            .pods
+            .iter()
+            .filter(|network| Family::of(network.ip()) == Family::of(ip))
+            .peekable();
+        of_family.peek().is_some() && !of_family.any(|network| network.contains(ip))
+    }
+
+    /// Whether `ip` is a pod of this node.
+    #[must_use]
+    pub fn is_node_pod(&self, ip: IpAddr) -> bool {
+        self.node_pods.iter().any(|network| network.contains(ip))
+    }
+}
+
+/// RFC 3927, RFC 4291.
+fn link_local() -> impl Iterator<Item = IpNetwork> {
+    [
+        (IpAddr::from([169, 254, 0, 0]), 16),
+        (IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, 0]), 10),
+    ]
+    .into_iter()
+    .filter_map(|(ip, prefix)| IpNetwork::new(ip, prefix).ok())
+}
+
+/// The networks of a family that lie within no other of them, in order.
+#[must_use]
+pub fn outermost(networks: &BTreeSet<IpNetwork>, family: Family) -> Vec<IpNetwork> {
+    let of_family = || networks.iter().filter(|n| Family::of(n.ip()) == family);
+    of_family()
+        .filter(|network| {
+            !of_family()
+                .any(|other| other.prefix() < network.prefix() && other.contains(network.network()))
+        })
+        .copied()
+        .collect()
+}
+
+/// Parses a network in CIDR notation; bits behind the prefix are cleared.
+///
+/// # Errors
+/// What is wrong with the text, in words.
+pub fn parse_network(text: &str) -> Result<IpNetwork, String> {
+    let wrong = || format!("{text:?} is not a network in CIDR notation, such as 10.244.0.0/16");
+    let network: IpNetwork = text.trim().parse().map_err(|_| wrong())?;
+    if !text.contains('/') {
+        return Err(wrong());
+    }
+    if let IpAddr::V6(ip) = network.ip()
+        && ip.to_ipv4_mapped().is_some()
+    {
+        return Err(format!(
+            "{text:?} is IPv4-mapped IPv6, write it as plain IPv4"
+        ));
+    }
+    IpNetwork::new(network.network(), network.prefix()).map_err(|_| wrong())
+}
+
+/// Key of an object that has no namespace.
+#[must_use]
+pub fn cluster_object(kind: Kind, name: &str) -> ObjectKey {
+    ObjectKey {
+        kind,
+        name: ObjectName::new("", name),
+    }
+}
+
+/// The pod ranges of a Node, the first of each family.
+pub(crate) fn pod_ranges(
+    name: &str,
+    node: &Node,
+    conditions: &mut Vec<Condition>,
+) -> Vec<IpNetwork> {
+    let mut ranges: BTreeMap<Family, IpNetwork> = BTreeMap::new();
+    let mut say = |message| {
+        conditions.push(Condition {
+            object: cluster_object(Kind::Node, name),
+            reason: Reason::InvalidPodRange,
+            message,
+        });
+    };
+    for text in node.pod_cidrs() {
+        match parse_network(text) {
+            Ok(network) => {
+                let family = Family::of(network.ip());
+                if let Some(first) = ranges.get(&family) {
+                    say(format!(
+                        "spec.podCIDRs: {network} is a second {family} range, {first} counts; \
+                         give the Node one range of each family"
+                    ));
+                } else {
+                    ranges.insert(family, network);
+                }
+            }
+            Err(problem) => say(format!(
+                "spec.podCIDRs: {problem}; the range is left out, correct it"
+            )),
+        }
+    }
+    ranges.into_values().collect()
+}
+
+/// What is known of this node's own addresses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// Every address of the node: none of them can be a VIP.
+    pub own: BTreeSet<IpAddr>,
+    /// Those that serve node ports.
+    pub node_ports: BTreeSet<IpAddr>,
+    /// Pods of this node.
+    pub pods: BTreeSet<IpNetwork>,
+}
+
+impl NodeFacts {
+    /// Chooses the addresses that serve node ports out of `own`.
+    ///
+    /// `own` is what the machine has; where nothing is known of the machine, as
+    /// in a plan, pass `None`: then the Node object's addresses stand for it.
+    #[must_use]
+    pub fn new(
+        own: Option<&BTreeSet<IpAddr>>,
+        object: Option<&Node>,
+        policy: &Policy,
+        pods: &BTreeSet<IpNetwork>,
+    ) -> Self {
+        let internal = object_addresses(object, AddressKind::InternalIP);
+        let external = object_addresses(object, AddressKind::ExternalIP);
+        let own: BTreeSet<IpAddr> = match own {
+            Some(own) => own.clone(),
+            None => internal.iter().chain(&external).copied().collect(),
+        };
+        let node_ports = match &policy.node_port_addresses {
+            NodePortAddresses::All => own.clone(),
+            NodePortAddresses::Primary => Family::ALL
+                .into_iter()
+                .filter_map(|family| primary(family, &internal, &external))
+                .filter(|ip| own.contains(ip))
+                .collect(),
+            NodePortAddresses::Within(networks) => own
+                .iter()
+                .copied()
+                .filter(|ip| within(*ip, networks))
+                .collect(),
+        };
+        Self {
+            own,
+            node_ports,
+            pods: pods.clone(),
+        }
+    }
+}
+
+/// The address by which a Node is known: its first InternalIP of a family, else
+/// its first ExternalIP.
+#[must_use]
+pub fn primary_address(object: &Node, family: Family) -> Option<IpAddr> {
+    let internal = object_addresses(Some(object), AddressKind::InternalIP);
+    let external = object_addresses(Some(object), AddressKind::ExternalIP);
+    primary(family, &internal, &external)
+}
+
+fn primary(family: Family, internal: &[IpAddr], external: &[IpAddr]) -> Option<IpAddr> {
+    let mut all = internal.iter().chain(external).copied();
+    all.find(|ip| Family::of(*ip) == family)
+}
+
+/// In the order of the object; what is no address is left out.
+pub(crate) fn object_addresses(object: Option<&Node>, kind: AddressKind) -> Vec<IpAddr> {
+    object
+        .into_iter()
+        .flat_map(|node| node.addresses_of(kind))
+        .filter_map(|text| parse_address(text).ok())
+        .collect()
+}
+
+/// Networks of one family leave the other open.
+fn within(ip: IpAddr, networks: &[IpNetwork]) -> bool {
+    let mut of_family = networks
+        .iter()
+        .filter(|network| Family::of(network.ip()) == Family::of(ip))
+        .peekable();
+    of_family.peek().is_none() || of_family.any(|network| network.contains(ip))
+}
+
+/// What is to be said about ranges of this node that are networks, and yet none
+/// out of which pods can get addresses.
+#[must_use]
+pub fn range_conditions(name: &str, node: &Node) -> Vec<Condition> {
+    let parsed = node.pod_cidrs().map(PodRange::parse);
+    parsed
+        .filter_map(|range| match range {
+            Err(error @ RangeError::TooSmall(_)) => Some(Condition {
+                object: cluster_object(Kind::Node, name),
+                reason: Reason::InvalidPodRange,
+                message: format!(
+                    "spec.podCIDRs: {error}; no pod of this node gets an address of it, give the \
+                     Node a larger range"
+                ),
+            }),
+            // What is no network is told with the networks.
+            Err(RangeError::NotCidr(_)) | Ok(_) => None,
+        })
+        .collect()
+}
+
+/// What is to be said about addresses in this node's object.
+#[must_use]
+pub fn address_conditions(name: &str, node: &Node) -> Vec<Condition> {
+    let mut conditions = Vec::new();
+    for kind in [AddressKind::InternalIP, AddressKind::ExternalIP] {
+        for text in node.addresses_of(kind) {
+            if let Err(error) = parse_address(text) {
+                conditions.push(Condition {
+                    object: cluster_object(Kind::Node, name),
+                    reason: Reason::InvalidAddress,
+                    message: format!(
+                        "status.addresses: {text:?} {error}; the address is not used, correct it"
+                    ),
+                });
+            }
+        }
+    }
+    conditions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kube::{NodeAddress, NodeSpec, NodeStatus, ObjectMeta};
+
+    fn networks(texts: &[&str]) -> Vec<IpNetwork> {
+        texts.iter().map(|t| parse_network(t).unwrap()).collect()
+    }
+
+    fn ips(texts: &[&str]) -> BTreeSet<IpAddr> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    fn node(addresses: &[(AddressKind, &str)]) -> Node {
+        Node {
+            metadata: ObjectMeta::default(),
+            spec: NodeSpec::default(),
+            status: NodeStatus {
+                addresses: addresses
+                    .iter()
+                    .map(|(kind, address)| NodeAddress {
+                        kind: *kind,
+                        address: (*address).to_owned(),
+                    })
+                    .collect(),
+            },
+        }
+    }
+
+    #[test]
+    fn source_ports_never_meet_node_ports() {
+        let cases = [
+            (30_000..=32_767, 32_768..=65_535),
+            (60_000..=65_535, 1024..=59_999),
+            (1024..=2000, 2001..=65_535),
+        ];
+        for (node_ports, expected) in cases {
+            let policy = Policy {
+                node_ports,
+                ..Policy::default()
+            };
+            assert_eq!(policy.source_ports(), expected);
+        }
+    }
+
+    #[test]
+    fn addresses_that_serve_node_ports() {
+        let own = ips(&["192.0.2.1", "198.51.100.1", "2001:db8::1"]);
+        let object = node(&[
+            (AddressKind::ExternalIP, "198.51.100.1"),
+            (AddressKind::InternalIP, "192.0.2.1"),
+            (AddressKind::ExternalIP, "2001:db8::1"),
+            (AddressKind::Other, "node-a"),
+        ]);
+        let chosen = |choice| {
+            let policy = Policy {
+                node_port_addresses: choice,
+                ..Policy::default()
+            };
+            NodeFacts::new(Some(&own), Some(&object), &policy, &BTreeSet::new()).node_ports
+        };
+        assert_eq!(chosen(NodePortAddresses::All), own);
+        assert_eq!(
+            chosen(NodePortAddresses::Primary),
+            ips(&["192.0.2.1", "2001:db8::1"])
+        );
+        let within = NodePortAddresses::Within(networks(&["198.51.100.0/24"]));
+        assert_eq!(chosen(within), ips(&["198.51.100.1", "2001:db8::1"]));
+        let none = NodePortAddresses::Within(networks(&["10.0.0.0/8", "::/0"]));
+        assert_eq!(chosen(none), ips(&["2001:db8::1"]));
+        let planned = NodeFacts::new(None, Some(&object), &Policy::default(), &BTreeSet::new());
+        assert_eq!(planned.node_ports, own, "a plan takes the Node object's");
+    }
+
+    #[test]
+    fn networks_in_cidr_notation() {
+        assert_eq!(
+            parse_network("10.244.3.7/16").unwrap().to_string(),
+            "10.244.0.0/16"
+        );
+        for bad in ["10.0.0.1", "10.0.0.0/33", "x", "", "::ffff:10.0.0.0/104"] {
+            assert!(parse_network(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn without_a_pod_network_nothing_is_outside() {
+        let mut known = Networks::default();
+        let ip: IpAddr = "203.0.113.1".parse().unwrap();
+        assert!(!known.is_outside(ip));
+        known.pods = networks(&["fd00::/48"]).into_iter().collect();
+        assert!(!known.is_outside(ip));
+        known.pods.extend(networks(&["10.244.0.0/16"]));
+        assert!(known.is_outside(ip));
+        assert!(!known.is_outside("10.244.1.1".parse().unwrap()));
+    }
+}

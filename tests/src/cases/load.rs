@@ -1,0 +1,83 @@
+//! A steady load of requests on Services, every one of which must be answered,
+//! and an eye on the IPVS table, which must never be empty.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{anyhow, bail, ensure};
+
+use super::world;
+use crate::netns::Netns;
+use crate::sock::{ANSWER, Outcome, Request, TRANSPORTS};
+use crate::wait;
+
+/// Requests that go on until they are stopped.
+pub(super) struct Load {
+    done: Arc<AtomicBool>,
+    rounds: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<anyhow::Result<anyhow::Result<()>>>>,
+}
+
+impl Load {
+    /// Starts it: one request after the other to each Service, over both
+    /// transports and families.
+    pub(super) fn start(client: &Netns, services: &[u8]) -> anyhow::Result<Self> {
+        let done = Arc::new(AtomicBool::new(false));
+        let rounds = Arc::new(AtomicUsize::new(0));
+        let (stop, count) = (Arc::clone(&done), Arc::clone(&rounds));
+        let services = services.to_vec();
+        // The thread is in the client's namespace for good.
+        let thread = client.thread(move || {
+            while !stop.load(Ordering::Relaxed) {
+                for to in services.iter().flat_map(|number| world::vips(*number)) {
+                    for transport in TRANSPORTS {
+                        let to = SocketAddr::new(to, 80);
+                        match Request::new(transport, to).send_here(ANSWER)? {
+                            Outcome::Answered { .. } => {}
+                            other => bail!("{transport:?} {to}: {other:?}"),
+                        }
+                    }
+                }
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        })?;
+        Ok(Self {
+            done,
+            rounds,
+            thread: Some(thread),
+        })
+    }
+
+    /// Waits until each Service was called so many times more.
+    pub(super) fn wait_for_rounds(&self, more: usize) -> anyhow::Result<()> {
+        let goal = self.rounds.load(Ordering::Relaxed) + more;
+        wait::until_ok("rounds of the load", Duration::from_mins(2), || {
+            let ended = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+            let now = self.rounds.load(Ordering::Relaxed);
+            ensure!(now >= goal || ended, "{now} of {goal}");
+            Ok(())
+        })
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// The first request that was not answered.
+    pub(super) fn stop(mut self) -> anyhow::Result<()> {
+        self.done.store(true, Ordering::Relaxed);
+        match self.thread.take() {
+            Some(thread) => thread.join().map_err(|_| anyhow!("the load panicked"))??,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+    }
+}
