@@ -348,10 +348,21 @@ pub(super) fn a_change_while_the_agent_is_dead(context: &mut Context) -> anyhow:
         ensure!(looks? > 5, "the table was hardly looked at");
         Ok(())
     })?;
-    load.stop()?;
+    load.stop()
+        .map_err(|error| error.context(connection_tables(&node)))?;
     let told = status(context, &node)?;
     ensure!(told["health"] == "healthy", "{told:#}");
     node.check_alive()
+}
+
+/// What the kernel remembers of connections, to explain one that failed.
+fn connection_tables(node: &Node) -> String {
+    ["/proc/net/ip_vs_conn", "/proc/net/nf_conntrack"]
+        .map(|path| match node.netns().output("cat", &[path]) {
+            Ok(text) => format!("{path}:\n{text}"),
+            Err(error) => format!("{path}: {error:#}"),
+        })
+        .join("\n")
 }
 
 /// Looks at the IPVS table again and again: the service is there, and its

@@ -1,18 +1,23 @@
-//! A steady load of requests on Services, every one of which must be answered,
-//! and an eye on the IPVS table, which must never be empty.
+//! A steady load of requests on Services, every one of which must be answered.
 
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{anyhow, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
 
 use super::world;
 use crate::netns::Netns;
 use crate::sock::{ANSWER, Outcome, Request, TRANSPORTS};
 use crate::wait;
+
+/// The clients' ports. Each request has one that none had before it: from a port
+/// that was used towards two Services with one backend, IPVS cannot tell the
+/// replies of the older connection from those of the newer.
+const PORTS: Range<u16> = 16_384..60_000;
 
 /// Requests that go on until they are stopped.
 pub(super) struct Load {
@@ -31,13 +36,16 @@ impl Load {
         let services = services.to_vec();
         // The thread is in the client's namespace for good.
         let thread = client.thread(move || {
+            let mut ports = PORTS;
             while !stop.load(Ordering::Relaxed) {
                 for to in services.iter().flat_map(|number| world::vips(*number)) {
                     for transport in TRANSPORTS {
                         let to = SocketAddr::new(to, 80);
-                        match Request::new(transport, to).send_here(ANSWER)? {
+                        let port = ports.next().context("the load has used all ports")?;
+                        let request = Request::new(transport, to).bound_to(Some(port));
+                        match request.send_here(ANSWER)? {
                             Outcome::Answered { .. } => {}
-                            other => bail!("{transport:?} {to}: {other:?}"),
+                            other => bail!("{transport:?} {to} from port {port}: {other:?}"),
                         }
                     }
                 }
