@@ -34,9 +34,9 @@ const USUAL: u64 = 600;
 /// Fewest and most changes of a batch.
 const BATCH: (usize, usize) = (80, 120);
 
-/// Batches before memory is measured: what is kept once (buffers, the largest
-/// table that there was) has been kept then.
-const WARM_UP: usize = 3;
+/// Fewest and most batches before memory is measured: what is kept once (buffers,
+/// the largest table that there was) has been kept then.
+const WARM_UP: (usize, usize) = (3, 20);
 
 /// What is in the folder whenever memory is measured.
 const POPULATION: u64 = 1;
@@ -89,7 +89,7 @@ fn walk(context: &Context, seed: u64, wanted: usize) -> anyhow::Result<()> {
     walker.write()?;
     node.start()?;
     walker.compare().context("at the start")?;
-    for _ in 0..WARM_UP {
+    for _ in 0..(wanted / 1000).clamp(WARM_UP.0, WARM_UP.1) {
         walker.step(BATCH.1)?;
     }
     let before = walker.memory()?;
