@@ -7,17 +7,15 @@
 //! differs replaces what was believed, and the next pass of the reconciler puts
 //! it right like any other difference.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::time::{Duration, Instant};
 
-use ferrule_datapath::FilterDrift;
 use ferrule_model::address::FrontendAddr;
-use ferrule_model::desired::Scope;
 use ferrule_model::observed::Observed;
 use ferrule_model::service::VirtualService;
-use tracing::warn;
 
+use super::Reconciler;
+use super::difference::{Difference, filter_words};
 use super::faults::now;
 
 /// Time between two looks at what costs little.
@@ -32,43 +30,6 @@ const LONGEST_FILTER_PAUSE: Duration = Duration::from_secs(30);
 /// Most time that the comparison of real servers may save up, so that it never
 /// holds up a change for long.
 const LARGEST_ALLOWANCE: Duration = Duration::from_millis(50);
-
-/// Drift of one pass that is written to the log one by one.
-const LOGGED: usize = 10;
-
-/// What was found and counted.
-#[derive(Debug, Default)]
-pub(super) struct Drifts {
-    pub(super) repaired: BTreeMap<&'static str, u64>,
-    pub(super) last: Option<(u64, String)>,
-}
-
-impl Drifts {
-    /// Notes drift of a kind, one text each.
-    pub(super) fn note(&mut self, kind: &'static str, found: &[String]) {
-        let count = u64::try_from(found.len()).unwrap_or(u64::MAX);
-        let Some(last) = found.last() else {
-            return;
-        };
-        *self.repaired.entry(kind).or_default() += count;
-        for text in found.iter().take(LOGGED) {
-            warn!(kind, "drift: {text}; it is put right");
-        }
-        if found.len() > LOGGED {
-            warn!(
-                kind,
-                more = found.len() - LOGGED,
-                "drift: and more of the kind"
-            );
-        }
-        let text = if found.len() > 1 {
-            format!("{last} (and {} more)", found.len() - 1)
-        } else {
-            last.clone()
-        };
-        self.last = Some((now(), text));
-    }
-}
 
 /// Where the audit is.
 #[derive(Debug)]
@@ -187,160 +148,167 @@ impl Audit {
     }
 }
 
-/// What differs between what was believed and what was found, in words, by kind.
-#[derive(Debug, Default)]
-pub(super) struct Difference {
-    pub(super) words: BTreeMap<&'static str, Vec<String>>,
-    pub(super) scope: Scope,
-}
-
-impl Difference {
-    fn say(&mut self, kind: &'static str, words: String) {
-        self.words.entry(kind).or_default().push(words);
-    }
-
-    /// Compares everything.
-    pub(super) fn of(believed: &Observed, found: &Observed) -> Self {
-        let mut difference = Self::default();
-        difference.vips(believed, found);
-        difference.filter(believed, found);
-        difference.services(believed, found);
-        difference
-    }
-
-    /// Compares addresses on the VIP device.
-    pub(super) fn vips(&mut self, believed: &Observed, found: &Observed) {
-        for ip in believed.bound.difference(&found.bound) {
-            self.say("address", format!("VIP {ip} was gone from its device"));
-            self.scope.vips.insert(*ip);
+impl Reconciler {
+    /// Counts what was found; the next pass puts it right.
+    pub(super) fn note_drift(&mut self, difference: Difference) {
+        for (kind, words) in &difference.words {
+            self.drifts.note(kind, words);
         }
-        for ip in found.bound.difference(&believed.bound) {
-            self.say("address", format!("address {ip} was put on the VIP device"));
-            self.scope.vips.insert(*ip);
+        self.dirty.merge(difference.scope);
+    }
+
+    /// The part of the audit that goes by the clock.
+    pub(super) async fn audit_if_due(&mut self) {
+        if Instant::now() < self.audit.next_tick {
+            return;
+        }
+        self.audit.begin();
+        if let Err(error) = self.audit_once().await {
+            // What is believed may be wrong now: observe before going on.
+            self.kernel = None;
+            self.observed = None;
+            self.kernel_fault(&error, "the audit cannot read the kernel");
         }
     }
 
-    /// Compares elements of our sets.
-    pub(super) fn filter(&mut self, believed: &Observed, found: &Observed) {
-        for (set, believed, found) in [
-            ("vips", &believed.guarded, &found.guarded),
-            ("hairpins", &believed.hairpins, &found.hairpins),
-        ] {
-            for (ip, what) in differing(believed, found) {
-                self.say("filter", format!("element {ip} of set {set} was {what}"));
-                self.scope.vips.insert(ip);
-                self.scope.hairpins.insert(ip);
+    async fn audit_once(&mut self) -> Result<(), String> {
+        self.audit_filter().await?;
+        if self.audit.services_are_due() {
+            self.audit_services().await?;
+        }
+        self.audit_servers().await
+    }
+
+    async fn audit_filter(&mut self) -> Result<(), String> {
+        let (Some(kernel), Some(observed)) = (&mut self.kernel, &mut self.observed) else {
+            return Ok(());
+        };
+        if !self.audit.filter_is_due() {
+            return Ok(());
+        }
+        let moved = kernel.filter_moved().await.map_err(|e| e.to_string())?;
+        let Some(generation) = moved else {
+            return Ok(());
+        };
+        let began = Instant::now();
+        let mut generation = generation;
+        if let Some(drift) = kernel.filter_drift().await.map_err(|e| e.to_string())? {
+            kernel.repair_filter().await.map_err(|e| e.to_string())?;
+            self.drifts.note("filter", &[filter_words(drift)]);
+            // Our own loading moved it again; whatever comes behind that is seen next time.
+            let moved = kernel.filter_moved().await.map_err(|e| e.to_string())?;
+            generation = moved.unwrap_or(generation);
+        }
+        let mut found = Observed::default();
+        kernel
+            .observe_filter(&mut found)
+            .await
+            .map_err(|e| e.to_string())?;
+        kernel.filter_compared(generation);
+        self.audit.filter_done(began);
+        let mut difference = Difference::default();
+        difference.filter(observed, &found);
+        observed.guarded = found.guarded;
+        observed.allowed = found.allowed;
+        observed.external = found.external;
+        observed.hairpins = found.hairpins;
+        self.note_drift(difference);
+        Ok(())
+    }
+
+    async fn audit_services(&mut self) -> Result<(), String> {
+        let (Some(kernel), Some(observed)) = (&self.kernel, &mut self.observed) else {
+            return Ok(());
+        };
+        let found = kernel.observe_services(observed).await;
+        let found = found.map_err(|error| error.to_string())?;
+        self.audit.services_at = Some(now());
+        let mut differing = Vec::new();
+        for (addr, scheduling) in &found {
+            let known = observed.services.get(addr);
+            if known.is_none_or(|known| known.scheduling != *scheduling) {
+                differing.push((*addr, Some(scheduling.clone())));
             }
         }
-        for (set, believed, found) in [
-            ("frontends", &believed.allowed, &found.allowed),
-            ("external", &believed.external, &found.external),
-        ] {
-            for (addr, what) in differing(believed, found) {
-                self.say("filter", format!("element {addr} of set {set} was {what}"));
-                self.scope.insert(addr);
-            }
-        }
-    }
-
-    fn services(&mut self, believed: &Observed, found: &Observed) {
-        let keys: BTreeSet<&FrontendAddr> = believed
+        let gone = observed
             .services
             .keys()
-            .chain(found.services.keys())
-            .collect();
-        for addr in keys {
-            self.service(addr, believed.services.get(addr), found.services.get(addr));
+            .filter(|addr| !found.contains_key(addr));
+        differing.extend(gone.map(|addr| (*addr, None)));
+        let mut difference = Difference::default();
+        for (addr, scheduling) in differing {
+            let service = match scheduling {
+                None => None,
+                Some(scheduling) => Some(VirtualService {
+                    scheduling,
+                    servers: kernel
+                        .observe_servers(&addr)
+                        .await
+                        .map_err(|error| error.to_string())?,
+                }),
+            };
+            difference.service(&addr, observed.services.get(&addr), service.as_ref());
+            match service {
+                Some(service) => observed.services.insert(addr, service),
+                None => observed.services.remove(&addr),
+            };
         }
+        self.note_drift(difference);
+        Ok(())
     }
 
-    /// Compares one virtual service with its real servers.
-    pub(super) fn service(
-        &mut self,
-        addr: &FrontendAddr,
-        believed: Option<&VirtualService>,
-        found: Option<&VirtualService>,
-    ) {
-        match (believed, found) {
-            (None, None) => return,
-            (Some(_), None) => {
-                self.say("service", format!("virtual service {addr} was gone"));
+    /// Compares real servers for as long as the budget allows.
+    async fn audit_servers(&mut self) -> Result<(), String> {
+        while self.audit.may_go_on() {
+            let (Some(kernel), Some(observed)) = (&self.kernel, &mut self.observed) else {
+                return Ok(());
+            };
+            let Some(addr) = self.audit.next_service(observed) else {
+                return Ok(());
+            };
+            let began = Instant::now();
+            let servers = kernel.observe_servers(&addr).await;
+            let servers = servers.map_err(|error| error.to_string())?;
+            self.audit.spent(began);
+            let Some(believed) = observed.services.get_mut(&addr) else {
+                continue;
+            };
+            if believed.servers == servers {
+                continue;
             }
-            (None, Some(_)) => {
-                self.say(
-                    "service",
-                    format!("virtual service {addr} was made by another"),
-                );
-            }
-            (Some(believed), Some(found)) => {
-                if believed == found {
-                    return;
-                }
-                if believed.scheduling != found.scheduling {
-                    self.say(
-                        "service",
-                        format!(
-                            "virtual service {addr} had scheduler {} and other settings",
-                            found.scheduling.scheduler
-                        ),
-                    );
-                }
-                self.servers(addr, believed, found);
-            }
+            let before = believed.clone();
+            believed.servers = servers;
+            let mut difference = Difference::default();
+            difference.service(&addr, Some(&before), Some(believed));
+            self.note_drift(difference);
         }
-        self.scope.insert(*addr);
+        Ok(())
     }
 
-    fn servers(&mut self, addr: &FrontendAddr, believed: &VirtualService, found: &VirtualService) {
-        for (backend, weight) in &believed.servers {
-            match found.servers.get(backend) {
-                None => self.say(
-                    "server",
-                    format!("real server {backend} of {addr} was gone"),
-                ),
-                Some(other) if other != weight => self.say(
-                    "server",
-                    format!(
-                        "real server {backend} of {addr} had weight {other} instead of {weight}"
-                    ),
-                ),
-                Some(_) => {}
-            }
+    pub(super) async fn audit_device(&mut self) -> Result<(), String> {
+        let (Some(kernel), Some(observed)) = (&mut self.kernel, &mut self.observed) else {
+            return Ok(());
+        };
+        if kernel.ensure_device().await.map_err(|e| e.to_string())? {
+            let words = format!("device {} was gone", self.settings.vip_device);
+            self.drifts.note("device", &[words]);
         }
-        for backend in found
-            .servers
-            .keys()
-            .filter(|b| !believed.servers.contains_key(b))
-        {
-            self.say(
-                "server",
-                format!("real server {backend} of {addr} was added by another"),
-            );
-        }
-    }
-}
-
-fn differing<T: Copy + Ord>(believed: &BTreeSet<T>, found: &BTreeSet<T>) -> Vec<(T, &'static str)> {
-    let gone = believed.difference(found).map(|item| (*item, "gone"));
-    let added = found.difference(believed);
-    gone.chain(added.map(|item| (*item, "added by another")))
-        .collect()
-}
-
-/// What was wrong with the table, in words.
-pub(super) fn filter_words(drift: FilterDrift) -> String {
-    match drift {
-        FilterDrift::Missing => "our nftables table was gone".to_owned(),
-        FilterDrift::Changed => {
-            "a rule, chain or set of our nftables table was changed by another".to_owned()
-        }
+        let found = Observed {
+            bound: kernel.observe_vips().await.map_err(|e| e.to_string())?,
+            ..Observed::default()
+        };
+        let mut difference = Difference::default();
+        difference.vips(observed, &found);
+        observed.bound = found.bound;
+        self.note_drift(difference);
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrule_model::address::{BackendAddr, Protocol};
+    use ferrule_model::address::Protocol;
 
     fn addr(n: u8) -> FrontendAddr {
         FrontendAddr::new([10, 96, 0, n].into(), 80, Protocol::Tcp)
@@ -387,35 +355,5 @@ mod tests {
         );
         let estimate = audit.estimate(100).unwrap();
         assert!((3000.0..4000.0).contains(&estimate), "{estimate}");
-    }
-
-    #[test]
-    fn differences_are_told_and_marked() {
-        let backend = BackendAddr::new([10, 1, 0, 2].into(), 8080);
-        let service = |weight| VirtualService {
-            servers: BTreeMap::from([(backend, weight)]),
-            ..VirtualService::default()
-        };
-        let mut believed = Observed::default();
-        believed.services.insert(addr(1), service(1));
-        believed.services.insert(addr(2), service(1));
-        believed.bound.insert(addr(1).ip);
-        let mut found = Observed::default();
-        found.services.insert(addr(1), service(7));
-        found.external.insert(addr(3));
-        let difference = Difference::of(&believed, &found);
-        let words: Vec<&str> = difference.words.values().flatten().map(|w| &**w).collect();
-        assert_eq!(
-            words,
-            [
-                "VIP 10.96.0.1 was gone from its device",
-                "element 10.96.0.3:80/TCP of set external was added by another",
-                "real server 10.1.0.2:8080 of 10.96.0.1:80/TCP had weight 7 instead of 1",
-                "virtual service 10.96.0.2:80/TCP was gone",
-            ]
-        );
-        assert_eq!(difference.scope.frontends.len(), 3);
-        let same = Difference::of(&believed, &believed);
-        assert!(same.words.is_empty() && same.scope.is_empty());
     }
 }

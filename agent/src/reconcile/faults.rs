@@ -74,6 +74,11 @@ impl Faults {
         new
     }
 
+    /// Whether it is not over.
+    pub(crate) fn has(&self, about: About) -> bool {
+        self.open.contains_key(&about)
+    }
+
     /// Notes that it works.
     pub(crate) fn clear(&mut self, about: About) {
         self.open.remove(&about);

@@ -9,6 +9,7 @@
 //! what others changed.
 
 mod audit;
+mod difference;
 mod faults;
 mod network;
 mod report;
@@ -33,7 +34,8 @@ use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tracing::{debug, error, info, warn};
 
-use self::audit::{Audit, Difference, Drifts, filter_words};
+use self::audit::Audit;
+use self::difference::{Difference, Drifts};
 use self::faults::{About, Faults, now, remedy};
 use self::network::Network;
 pub(crate) use self::report::{Asker, Query};
@@ -247,11 +249,11 @@ impl Reconciler {
                 return;
             }
         }
-        if !self.set_source_nat().await {
-            return;
-        }
         if due {
             self.retry_at = None;
+        }
+        if due || !self.faults.has(About::SourceNat) {
+            self.set_source_nat().await;
         }
         if self.dirty.is_empty() {
             self.settle();
@@ -298,9 +300,11 @@ impl Reconciler {
     /// Everything that can be done is done.
     fn settle(&mut self) {
         if self.waiting.is_empty() {
-            self.retry_at = None;
-            self.pause = RETRY.0;
             self.pending_since = None;
+            if !self.faults.has(About::SourceNat) {
+                self.retry_at = None;
+                self.pause = RETRY.0;
+            }
         }
     }
 
@@ -361,10 +365,10 @@ impl Reconciler {
         self.retry_later();
     }
 
-    /// False when the rules could not be loaded.
-    async fn set_source_nat(&mut self) -> bool {
+    /// A failure holds up nothing else: the former rules stay loaded.
+    async fn set_source_nat(&mut self) {
         let Some(kernel) = &mut self.kernel else {
-            return false;
+            return;
         };
         match kernel.set_source_nat(&self.view.source_nat()).await {
             Ok(changed) => {
@@ -372,7 +376,6 @@ impl Reconciler {
                     info!("the rules of source NAT follow the node's addresses and networks");
                 }
                 self.faults.clear(About::SourceNat);
-                true
             }
             Err(error) => {
                 self.note_fault(
@@ -382,7 +385,6 @@ impl Reconciler {
                     "it is tried again by itself; until then the rules are the former ones",
                 );
                 self.retry_later();
-                false
             }
         }
     }
@@ -465,142 +467,6 @@ impl Reconciler {
         self.note_fault(about(change), &object, &words, &remedy);
     }
 
-    /// Counts what was found; the next pass puts it right.
-    fn note_drift(&mut self, difference: Difference) {
-        for (kind, words) in &difference.words {
-            self.drifts.note(kind, words);
-        }
-        self.dirty.merge(difference.scope);
-    }
-
-    /// The part of the audit that goes by the clock.
-    async fn audit_if_due(&mut self) {
-        if Instant::now() < self.audit.next_tick {
-            return;
-        }
-        self.audit.begin();
-        if let Err(error) = self.audit_once().await {
-            // What is believed may be wrong now: observe before going on.
-            self.kernel = None;
-            self.observed = None;
-            self.kernel_fault(&error, "the audit cannot read the kernel");
-        }
-    }
-
-    async fn audit_once(&mut self) -> Result<(), String> {
-        self.audit_filter().await?;
-        if self.audit.services_are_due() {
-            self.audit_services().await?;
-        }
-        self.audit_servers().await
-    }
-
-    async fn audit_filter(&mut self) -> Result<(), String> {
-        let (Some(kernel), Some(observed)) = (&mut self.kernel, &mut self.observed) else {
-            return Ok(());
-        };
-        if !self.audit.filter_is_due() {
-            return Ok(());
-        }
-        let moved = kernel.filter_moved().await.map_err(|e| e.to_string())?;
-        let Some(generation) = moved else {
-            return Ok(());
-        };
-        let began = Instant::now();
-        let mut generation = generation;
-        if let Some(drift) = kernel.filter_drift().await.map_err(|e| e.to_string())? {
-            kernel.repair_filter().await.map_err(|e| e.to_string())?;
-            self.drifts.note("filter", &[filter_words(drift)]);
-            // Our own loading moved it again; whatever comes behind that is seen next time.
-            let moved = kernel.filter_moved().await.map_err(|e| e.to_string())?;
-            generation = moved.unwrap_or(generation);
-        }
-        let mut found = Observed::default();
-        kernel
-            .observe_filter(&mut found)
-            .await
-            .map_err(|e| e.to_string())?;
-        kernel.filter_compared(generation);
-        self.audit.filter_done(began);
-        let mut difference = Difference::default();
-        difference.filter(observed, &found);
-        observed.guarded = found.guarded;
-        observed.allowed = found.allowed;
-        observed.external = found.external;
-        observed.hairpins = found.hairpins;
-        self.note_drift(difference);
-        Ok(())
-    }
-
-    async fn audit_services(&mut self) -> Result<(), String> {
-        let (Some(kernel), Some(observed)) = (&self.kernel, &mut self.observed) else {
-            return Ok(());
-        };
-        let found = kernel.observe_services(observed).await;
-        let found = found.map_err(|error| error.to_string())?;
-        self.audit.services_at = Some(now());
-        let mut differing = Vec::new();
-        for (addr, scheduling) in &found {
-            let known = observed.services.get(addr);
-            if known.is_none_or(|known| known.scheduling != *scheduling) {
-                differing.push((*addr, Some(scheduling.clone())));
-            }
-        }
-        let gone = observed
-            .services
-            .keys()
-            .filter(|addr| !found.contains_key(addr));
-        differing.extend(gone.map(|addr| (*addr, None)));
-        let mut difference = Difference::default();
-        for (addr, scheduling) in differing {
-            let service = match scheduling {
-                None => None,
-                Some(scheduling) => Some(ferrule_model::service::VirtualService {
-                    scheduling,
-                    servers: kernel
-                        .observe_servers(&addr)
-                        .await
-                        .map_err(|error| error.to_string())?,
-                }),
-            };
-            difference.service(&addr, observed.services.get(&addr), service.as_ref());
-            match service {
-                Some(service) => observed.services.insert(addr, service),
-                None => observed.services.remove(&addr),
-            };
-        }
-        self.note_drift(difference);
-        Ok(())
-    }
-
-    /// Compares real servers for as long as the budget allows.
-    async fn audit_servers(&mut self) -> Result<(), String> {
-        while self.audit.may_go_on() {
-            let (Some(kernel), Some(observed)) = (&self.kernel, &mut self.observed) else {
-                return Ok(());
-            };
-            let Some(addr) = self.audit.next_service(observed) else {
-                return Ok(());
-            };
-            let began = Instant::now();
-            let servers = kernel.observe_servers(&addr).await;
-            let servers = servers.map_err(|error| error.to_string())?;
-            self.audit.spent(began);
-            let Some(believed) = observed.services.get_mut(&addr) else {
-                continue;
-            };
-            if believed.servers == servers {
-                continue;
-            }
-            let before = believed.clone();
-            believed.servers = servers;
-            let mut difference = Difference::default();
-            difference.service(&addr, Some(&before), Some(believed));
-            self.note_drift(difference);
-        }
-        Ok(())
-    }
-
     /// Looks at what events say has changed: the VIP device, addresses, routes.
     async fn look_at_network(&mut self) {
         let device = self.kernel.as_ref().map(Node::device_index);
@@ -616,25 +482,6 @@ impl Reconciler {
             self.dirty.merge(self.view.set_own(own));
             self.network.routes_are_suspect();
         }
-    }
-
-    async fn audit_device(&mut self) -> Result<(), String> {
-        let (Some(kernel), Some(observed)) = (&mut self.kernel, &mut self.observed) else {
-            return Ok(());
-        };
-        if kernel.ensure_device().await.map_err(|e| e.to_string())? {
-            let words = format!("device {} was gone", self.settings.vip_device);
-            self.drifts.note("device", &[words]);
-        }
-        let found = Observed {
-            bound: kernel.observe_vips().await.map_err(|e| e.to_string())?,
-            ..Observed::default()
-        };
-        let mut difference = Difference::default();
-        difference.vips(observed, &found);
-        observed.bound = found.bound;
-        self.note_drift(difference);
-        Ok(())
     }
 
     async fn routes(&mut self) {

@@ -22,7 +22,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use tracing::{info, warn};
 
-use super::audit::Drifts;
+use super::difference::Drifts;
 use super::faults::{About, Faults, remedy};
 
 /// Shortest time between two looks at addresses and routes, however many events come.
