@@ -9,6 +9,7 @@ mod audit;
 pub mod filter;
 pub mod ipvs;
 mod modules;
+pub mod news;
 mod node;
 pub mod routes;
 mod sysctl;

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ferrule_model::ownership::ROUTE_PROTOCOL;
+use ferrule_model::ownership::{ROUTE_PROTOCOL, owns_node_route};
 pub use ferrule_model::routes::NodeRoute;
 use ferrule_netlink::{Error, Protocol, RawMessage, Socket, route};
 use ipnetwork::IpNetwork;
@@ -35,6 +35,18 @@ const LINK_NAME: u16 = 3;
 
 /// `IFF_LOOPBACK`.
 const LOOPBACK: u32 = 8;
+
+/// Takes what is as it was wanted for done.
+pub(crate) fn forgive(
+    results: Vec<Result<(), Error>>,
+    fine: impl Fn(&Error) -> bool,
+) -> Vec<Result<(), Error>> {
+    let forgiven = results.into_iter().map(|result| match result {
+        Err(error) if fine(&error) => Ok(()),
+        other => other,
+    });
+    forgiven.collect()
+}
 
 /// The unicast routes of the main table, other than default routes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -88,17 +100,10 @@ impl Routes {
                 let Some(destination) = destination(&message)? else {
                     continue;
                 };
-                let hops = hops(&message);
                 if message.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
-                    table.ours.extend(hops.iter().filter_map(|hop| {
-                        let gateway = hop.gateway?;
-                        Some(NodeRoute {
-                            destination,
-                            gateway,
-                        })
-                    }));
+                    table.ours.extend(our_routes(&message, destination));
                 } else {
-                    foreign.push((destination, message.header.protocol, hops));
+                    foreign.push((destination, message.header.protocol, hops(&message)));
                 }
             }
         }
@@ -190,13 +195,7 @@ impl Routes {
             (route::encode(message), 0)
         });
         let results = self.socket.batch(orders.collect()).await;
-        results
-            .into_iter()
-            .map(|result| match result {
-                Err(error) if error.is_not_found() => Ok(()),
-                other => other,
-            })
-            .collect()
+        forgive(results, Error::is_not_found)
     }
 
     /// The addresses of the machine that others may reach, by index of their
@@ -286,8 +285,24 @@ fn message(route: &NodeRoute) -> RouteMessage {
     message
 }
 
+/// What of a message is a route of ours to another node's pods.
+pub(crate) fn our_routes(
+    message: &RouteMessage,
+    destination: IpNetwork,
+) -> impl Iterator<Item = NodeRoute> {
+    let protocol = u8::from(message.header.protocol);
+    let gateways = hops(message).into_iter().map(|hop| hop.gateway);
+    gateways.filter_map(move |gateway| {
+        owns_node_route(protocol, gateway.is_some()).then_some(())?;
+        Some(NodeRoute {
+            destination,
+            gateway: gateway?,
+        })
+    })
+}
+
 /// `None` for a default route.
-fn destination(message: &RouteMessage) -> Result<Option<IpNetwork>, Error> {
+pub(crate) fn destination(message: &RouteMessage) -> Result<Option<IpNetwork>, Error> {
     let prefix = message.header.destination_prefix_length;
     if prefix == 0 {
         return Ok(None);

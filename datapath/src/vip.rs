@@ -17,6 +17,8 @@ use netlink_packet_route::address::{
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use crate::routes::forgive;
+
 /// `INFINITY_LIFE_TIME` of `net/addrconf.h`.
 const FOREVER: u32 = u32::MAX;
 
@@ -155,13 +157,7 @@ impl VipDevice {
         if message.header.index != self.index {
             return None;
         }
-        let ip = message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                AddressAttribute::Address(ip) => Some(*ip),
-                _ => None,
-            })?;
+        let ip = address_of(message)?;
         let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
         let host = message.header.prefix_len == Family::of(ip).bits();
         (host && !link_local).then_some(ip)
@@ -175,13 +171,7 @@ impl VipDevice {
             (route::encode(message), NLM_F_CREATE | NLM_F_EXCL)
         });
         let results = self.socket.batch(orders.collect()).await;
-        results
-            .into_iter()
-            .map(|result| match result {
-                Err(error) if error.already_exists() => Ok(()),
-                other => other,
-            })
-            .collect()
+        forgive(results, Error::already_exists)
     }
 
     /// Takes addresses off the device. Those that are gone already are fine. The
@@ -192,13 +182,7 @@ impl VipDevice {
             (route::encode(message), 0)
         });
         let results = self.socket.batch(orders.collect()).await;
-        results
-            .into_iter()
-            .map(|result| match result {
-                Err(error) if error.is_not_found() => Ok(()),
-                other => other,
-            })
-            .collect()
+        forgive(results, Error::is_not_found)
     }
 
     fn address(&self, ip: IpAddr) -> AddressMessage {
@@ -243,6 +227,15 @@ impl VipDevice {
             Ok(_) | Err(_) => Ok(()),
         }
     }
+}
+
+/// The address that a message is about.
+pub(crate) fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+    let mut attributes = message.attributes.iter();
+    attributes.find_map(|attribute| match attribute {
+        AddressAttribute::Address(ip) => Some(*ip),
+        _ => None,
+    })
 }
 
 fn is_dummy(link: &LinkMessage) -> bool {

@@ -8,8 +8,9 @@
     reason = "a test fails by panicking; only the bodies of #[test] functions are exempt by configuration"
 )]
 
+mod support;
+
 use std::collections::BTreeSet;
-use std::future::Future;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
 use std::process::Command;
@@ -21,23 +22,11 @@ use ferrule_model::address::{FrontendAddr, Protocol};
 use ferrule_model::network::{Networks, Policy};
 use ferrule_model::source_nat::{OwnAddress, SourceNat};
 use ferrule_netlink::{Protocol as Netlink, Socket};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::Value;
 
-const TABLE: &str = "guard-test";
+use self::support::in_namespace;
 
-fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-    let thread = std::thread::spawn(move || {
-        // SAFETY: only this thread's network namespace changes; no file descriptors are unshared.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("root");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(test());
-    });
-    thread.join().unwrap();
-}
+const TABLE: &str = "guard-test";
 
 fn program() -> &'static Path {
     Path::new("nft")

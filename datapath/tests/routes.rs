@@ -6,26 +6,16 @@
     reason = "a test fails by panicking; only the bodies of #[test] functions are exempt by configuration"
 )]
 
+mod support;
+
 use std::collections::BTreeSet;
-use std::future::Future;
+use std::net::IpAddr;
 use std::process::Command;
 
+use self::support::in_namespace;
 use ferrule_datapath::Error;
+use ferrule_datapath::news::{News, Watch};
 use ferrule_datapath::routes::{NodeRoute, RouteTable, Routes};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
-
-fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-    let thread = std::thread::spawn(move || {
-        // SAFETY: only this thread's network namespace changes; no file descriptors are unshared.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("root");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(test());
-    });
-    thread.join().unwrap();
-}
 
 /// Runs the program `ip`.
 fn ip(arguments: &str) -> String {
@@ -263,5 +253,50 @@ fn a_gateway_changes_in_place() {
         assert!(all_ok(&routes.add(&before).await));
         assert!(all_ok(&routes.replace(&after).await));
         assert_eq!(routes.list().await.unwrap().ours, BTreeSet::from(after));
+    });
+}
+
+/// Hears of a link, its addresses and routes, and tells our routes from others'.
+#[test]
+fn what_happens_is_heard() {
+    in_namespace(|| async {
+        let mut watch = Watch::open().unwrap();
+        machine();
+        let routes = Routes::open().unwrap();
+        let ours = [
+            to("10.1.2.0/24", "192.0.2.2"),
+            to("fd00:1:2::/64", "2001:db8::2"),
+        ];
+        assert!(all_ok(&routes.add(&ours).await));
+        assert!(all_ok(&routes.remove(&ours[..1]).await));
+        ip("route add 10.9.0.0/16 via 192.0.2.5");
+        ip("route add default via 192.0.2.5");
+        ip("link delete eth0");
+        let mut heard = Vec::new();
+        let over = |news: &News| matches!(news, News::Link { name: Some(name), gone: true, .. } if name == "eth0");
+        while !heard.iter().any(over) {
+            let more = tokio::time::timeout(std::time::Duration::from_secs(10), watch.next());
+            heard.extend(more.await.expect("news").unwrap());
+        }
+        let route = |destination: &str, ours, present| News::Route {
+            destination: destination.parse().unwrap(),
+            ours,
+            present,
+        };
+        for expected in [
+            route("10.1.2.0/24", Some(ours[0]), true),
+            route("10.1.2.0/24", Some(ours[0]), false),
+            route("fd00:1:2::/64", Some(ours[1]), true),
+            route("10.9.0.0/16", None, true),
+        ] {
+            assert!(heard.contains(&expected), "{expected:?} in {heard:#?}");
+        }
+        let address: IpAddr = "192.0.2.1".parse().unwrap();
+        assert!(heard.iter().any(|news| matches!(
+            news,
+            News::Address { ip: Some(ip), present: true, .. } if *ip == address
+        )));
+        let default = |news: &&News| matches!(news, News::Route { destination, .. } if destination.prefix() == 0);
+        assert_eq!(heard.iter().find(default), None);
     });
 }

@@ -5,21 +5,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use ferrule_datapath::Error;
+use ferrule_datapath::news::{News, Watch};
 use ferrule_datapath::routes::{MachineAddress, RouteTable, Routes};
 use ferrule_model::condition::{Condition, Reason};
 use ferrule_model::kube::Kind;
 use ferrule_model::network::cluster_object;
 use ferrule_model::observed::Observed;
-use ferrule_model::ownership::{HOST_VETH_PREFIX, owns_node_route};
+use ferrule_model::ownership::HOST_VETH_PREFIX;
 use ferrule_model::routes::NodeRoute;
 use ferrule_model::source_nat::OwnAddress;
 use ferrule_model::view::NodeView;
-use ferrule_netlink::{Error, Monitor};
 use ipnetwork::IpNetwork;
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
-use netlink_packet_route::route::{RouteAttribute, RouteHeader, RouteMessage};
 use tracing::{info, warn};
 
 use super::difference::Drifts;
@@ -34,9 +31,9 @@ const RETRY: Duration = Duration::from_secs(5);
 /// What is known of devices, addresses and routes.
 pub(super) struct Network {
     vip_device: String,
-    monitor: Option<Monitor>,
-    /// Events that were not judged yet; `None` in it stands for lost ones.
-    inbox: Vec<Option<RouteNetlinkMessage>>,
+    watch: Option<Watch>,
+    /// Events that were not judged yet.
+    inbox: Vec<News>,
     socket: Option<Routes>,
     device_suspect: bool,
     addresses_suspect: bool,
@@ -51,7 +48,7 @@ impl Network {
     pub(super) fn new(vip_device: String) -> Self {
         Self {
             vip_device,
-            monitor: None,
+            watch: None,
             inbox: Vec::new(),
             socket: None,
             device_suspect: false,
@@ -66,10 +63,10 @@ impl Network {
 
     /// Opens what is not open. What failed is tried again by later calls.
     pub(super) fn open(&mut self, faults: &mut Faults) {
-        if self.monitor.is_none() {
-            match Monitor::open() {
-                Ok(monitor) => {
-                    self.monitor = Some(monitor);
+        if self.watch.is_none() {
+            match Watch::open() {
+                Ok(watch) => {
+                    self.watch = Some(watch);
                     faults.clear(About::Monitor);
                 }
                 Err(error) => fail(
@@ -96,113 +93,69 @@ impl Network {
     /// is given up on the way.
     pub(super) async fn news(&mut self, faults: &mut Faults) {
         self.open(faults);
-        let Some(monitor) = &mut self.monitor else {
+        let Some(watch) = &mut self.watch else {
             tokio::time::sleep(RETRY).await;
             return;
         };
-        match monitor.next().await {
-            Ok(messages) => self.inbox.extend(messages.into_iter().map(Some)),
-            // Events were lost: everything that they are about may have changed.
-            Err(Error::Overrun | Error::Decode(_)) => self.inbox.push(None),
+        match watch.next().await {
+            Ok(news) => self.inbox.extend(news),
             Err(error) => {
                 warn!(%error, "news of devices, addresses and routes ended; listening anew");
-                self.monitor = None;
-                self.inbox.push(None);
+                self.watch = None;
+                self.inbox.push(News::Lost);
             }
         }
     }
 
     /// Judges the events that came: which of them were not our own doing.
     pub(super) fn judge(&mut self, device: Option<u32>, observed: Option<&Observed>) {
-        for message in std::mem::take(&mut self.inbox) {
-            match message {
-                None => {
+        for news in std::mem::take(&mut self.inbox) {
+            match news {
+                News::Lost => {
                     self.device_suspect = true;
                     self.addresses_suspect = true;
                     self.routes_suspect = true;
                 }
-                Some(RouteNetlinkMessage::NewLink(link)) => self.judge_link(&link, false, device),
-                Some(RouteNetlinkMessage::DelLink(link)) => self.judge_link(&link, true, device),
-                Some(RouteNetlinkMessage::NewAddress(address)) => {
-                    self.judge_address(&address, true, device, observed);
+                News::Link { index, name, gone } => {
+                    let is_device = Some(index) == device;
+                    if is_device || name.as_ref() == Some(&self.vip_device) {
+                        self.device_suspect |= gone || !is_device;
+                    } else if name.is_none_or(|name| !name.starts_with(HOST_VETH_PREFIX)) {
+                        // The routes over a device that goes down vanish without an event of
+                        // their own.
+                        self.addresses_suspect = true;
+                        self.routes_suspect = true;
+                    }
                 }
-                Some(RouteNetlinkMessage::DelAddress(address)) => {
-                    self.judge_address(&address, false, device, observed);
+                News::Address { index, ip, present } if Some(index) == device => {
+                    let link_local =
+                        matches!(ip, Some(IpAddr::V6(ip)) if ip.is_unicast_link_local());
+                    let believed = observed
+                        .zip(ip)
+                        .is_some_and(|(observed, ip)| observed.bound.contains(&ip));
+                    self.device_suspect |= believed != present && !link_local;
                 }
-                Some(RouteNetlinkMessage::NewRoute(route)) => self.judge_route(&route, true),
-                Some(RouteNetlinkMessage::DelRoute(route)) => self.judge_route(&route, false),
-                Some(_) => {}
+                News::Address { .. } => self.addresses_suspect = true,
+                News::Route {
+                    destination,
+                    ours,
+                    present,
+                } => self.routes_suspect |= self.judge_route(destination, ours, present),
             }
         }
     }
 
-    fn judge_link(&mut self, link: &LinkMessage, gone: bool, device: Option<u32>) {
-        let name = link
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) => Some(name.as_str()),
-                _ => None,
-            });
-        let is_device = Some(link.header.index) == device;
-        if is_device || name == Some(&self.vip_device) {
-            self.device_suspect |= gone || !is_device;
-        } else if name.is_none_or(|name| !name.starts_with(HOST_VETH_PREFIX)) {
-            // The routes over a device that goes down vanish without an event of their own.
-            self.addresses_suspect = true;
-            self.routes_suspect = true;
-        }
-    }
-
-    fn judge_address(
-        &mut self,
-        message: &AddressMessage,
-        present: bool,
-        device: Option<u32>,
-        observed: Option<&Observed>,
-    ) {
-        if Some(message.header.index) != device {
-            self.addresses_suspect = true;
-            return;
-        }
-        let ip = message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                AddressAttribute::Address(ip) => Some(*ip),
-                _ => None,
-            });
-        let link_local = matches!(ip, Some(IpAddr::V6(ip)) if ip.is_unicast_link_local());
-        let believed = observed
-            .zip(ip)
-            .is_some_and(|(observed, ip)| observed.bound.contains(&ip));
-        self.device_suspect |= believed != present && !link_local;
-    }
-
-    fn judge_route(&mut self, message: &RouteMessage, present: bool) {
-        if message.header.table != RouteHeader::RT_TABLE_MAIN {
-            return;
-        }
-        let gateway = message.attributes.iter().any(|attribute| {
-            matches!(
-                attribute,
-                RouteAttribute::Gateway(_) | RouteAttribute::Via(_)
-            )
-        });
-        let ours = owns_node_route(message.header.protocol.into(), gateway);
-        let listed = route_of(message);
-        let known = match (&self.table, listed) {
-            (Some(table), Some(route)) => table.ours.contains(&route),
-            (_, _) => false,
+    fn judge_route(&self, to: IpNetwork, ours: Option<NodeRoute>, present: bool) -> bool {
+        let Some(table) = &self.table else {
+            return true;
         };
-        let concerns_us = self.table.as_ref().is_none_or(|table| {
-            let prefix = destination(message);
-            prefix.is_some_and(|prefix| {
-                table.ours.iter().any(|route| route.destination == prefix)
-                    || table.foreign.contains_key(&prefix)
-            })
-        });
-        self.routes_suspect |= if ours { known != present } else { concerns_us };
+        match ours {
+            Some(route) => table.ours.contains(&route) != present,
+            None => {
+                table.foreign.contains_key(&to)
+                    || table.ours.iter().any(|route| route.destination == to)
+            }
+        }
     }
 
     /// Whether the VIP device or its addresses may be otherwise than believed.
@@ -445,41 +398,5 @@ fn own_address(address: MachineAddress) -> Option<OwnAddress> {
         ip: address.ip,
         link: IpNetwork::new(link.network(), link.prefix()).ok()?,
         device: address.device,
-    })
-}
-
-fn destination(message: &RouteMessage) -> Option<IpNetwork> {
-    let ip = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            RouteAttribute::Destination(netlink_packet_route::route::RouteAddress::Inet(ip)) => {
-                Some(IpAddr::V4(*ip))
-            }
-            RouteAttribute::Destination(netlink_packet_route::route::RouteAddress::Inet6(ip)) => {
-                Some(IpAddr::V6(*ip))
-            }
-            _ => None,
-        })?;
-    IpNetwork::new(ip, message.header.destination_prefix_length).ok()
-}
-
-fn route_of(message: &RouteMessage) -> Option<NodeRoute> {
-    let destination = destination(message)?;
-    let gateway = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            RouteAttribute::Gateway(netlink_packet_route::route::RouteAddress::Inet(ip)) => {
-                Some(IpAddr::V4(*ip))
-            }
-            RouteAttribute::Gateway(netlink_packet_route::route::RouteAddress::Inet6(ip)) => {
-                Some(IpAddr::V6(*ip))
-            }
-            _ => None,
-        })?;
-    Some(NodeRoute {
-        destination,
-        gateway,
     })
 }
