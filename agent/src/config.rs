@@ -10,6 +10,8 @@ use ferrule_model::network::{NodePortAddresses, Policy, parse_network};
 use ipnetwork::IpNetwork;
 use serde::Deserialize;
 
+use crate::source::document;
+
 /// Default of `auditBudgetPercent`, in percent of one core.
 const AUDIT_BUDGET: f64 = 0.3;
 
@@ -99,8 +101,7 @@ impl Config {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let file: Option<File> = serde_saphyr::from_str(text)
-            .map_err(|error| error.without_snippet().to_string().replace('\n', " "))?;
+        let file: Option<File> = document::typed(text, None).map_err(|error| error.to_string())?;
         let file = file.unwrap_or_default();
         for (field, value, expected) in [
             ("apiVersion", &file.api_version, API_VERSION),
@@ -233,9 +234,15 @@ mod tests {
             ("nodePortRange: 1024-65535", "smaller range"),
             ("auditBudgetPercent: 0", "auditBudgetPercent"),
             ("clusterCidr: x", "clusterCidr"),
+            ("nodePortAddresses: primary", "line 3: nodePortAddresses: "),
+            ("nodePortAddresses: [~]", "line 3: nodePortAddresses[0]: "),
+            ("masqueradeAll: 1", "line 3: masqueradeAll: "),
+            ("auditBudgetPercent: much", "line 3: auditBudgetPercent: "),
+            ("masqueradeAll: true\nmasqueradeAll: true", "line 4: "),
         ] {
             let error = said(line);
             assert!(error.contains(words), "{line}: {error}");
+            assert!(!error.contains("Option"), "{line}: {error}");
         }
         assert!(
             Config::parse("kind: x\n")

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use ferrule_api::status::cut;
-use ferrule_api::{Answer, CallError, ErrorCode, MAX_LINE, Reply, Request, VERSION};
+use ferrule_api::{Answer, CallError, ErrorCode, FrameError, MAX_LINE, Reply, Request, VERSION};
 use rustix::fs::Mode;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -120,14 +120,23 @@ async fn connection(stream: UnixStream, desk: &Desk) -> anyhow::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
     loop {
-        let Ok(line) = timeout(LINE_TIMEOUT, read_line(&mut read)).await else {
-            desk.note_bad_request();
-            bail!("no request within {LINE_TIMEOUT:?}");
+        let mut line = Vec::new();
+        let request = match timeout(LINE_TIMEOUT, read_line(&mut read, &mut line)).await {
+            // Whoever says nothing asked for nothing.
+            Err(_) if line.is_empty() => bail!("no request within {LINE_TIMEOUT:?}"),
+            Err(_) => Err(bad_request(format!(
+                "a request is sent within {LINE_TIMEOUT:?}; got {} bytes without a newline",
+                line.len()
+            ))),
+            Ok(end) => {
+                end?;
+                if line.is_empty() {
+                    return Ok(());
+                }
+                parse(&line)
+            }
         };
-        let Some(line) = line? else {
-            return Ok(());
-        };
-        let (answer, go_on) = match parse(&line) {
+        let (answer, go_on) = match request {
             Ok(request) => (desk.call(request.call).await, true),
             Err(error) => {
                 desk.note_bad_request();
@@ -148,39 +157,46 @@ async fn connection(stream: UnixStream, desk: &Desk) -> anyhow::Result<()> {
     }
 }
 
-/// One line, or `None` at the end. A line that is too long comes without its newline.
+/// Reads one line, which stays empty at the end. One that is too long comes without its
+/// newline; what came before a time-out stays in it.
 async fn read_line(
     read: &mut BufReader<tokio::net::unix::OwnedReadHalf>,
-) -> io::Result<Option<Vec<u8>>> {
-    let mut line = Vec::new();
+    line: &mut Vec<u8>,
+) -> io::Result<usize> {
     let limit = u64::try_from(MAX_LINE).unwrap_or(u64::MAX);
-    let count = read.take(limit).read_until(b'\n', &mut line).await?;
-    Ok((count > 0).then_some(line))
+    read.take(limit).read_until(b'\n', line).await
 }
 
+/// The version is looked at before the rest: another generation's call would
+/// otherwise be reported as one that is not understood.
 fn parse(line: &[u8]) -> Result<Request, CallError> {
-    let bad = |mut message: String| {
-        // It quotes what came, and that may be as long as a line.
-        cut(&mut message);
-        CallError {
-            code: ErrorCode::BadRequest,
-            message,
-        }
-    };
+    #[derive(serde::Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
     if line.last() != Some(&b'\n') {
-        return Err(bad(format!(
+        return Err(bad_request(format!(
             "a request is one line of at most {MAX_LINE} bytes that ends with a newline; got {} bytes without one",
             line.len()
         )));
     }
-    let request: Request = ferrule_api::decode(line).map_err(|error| bad(error.to_string()))?;
-    if request.version != VERSION {
-        return Err(bad(format!(
-            "version {} of the protocol is not spoken here, only {VERSION}; install plugin and agent of one release",
-            request.version
+    let bad = |error: FrameError| bad_request(error.to_string());
+    let Versioned { version } = ferrule_api::decode(line).map_err(bad)?;
+    if version != VERSION {
+        return Err(bad_request(format!(
+            "version {version} of the protocol is not spoken here, only {VERSION}; install plugin and agent of one release"
         )));
     }
-    Ok(request)
+    ferrule_api::decode(line).map_err(bad)
+}
+
+fn bad_request(mut message: String) -> CallError {
+    // It quotes what came, and that may be as long as a line.
+    cut(&mut message);
+    CallError {
+        code: ErrorCode::BadRequest,
+        message,
+    }
 }
 
 #[cfg(test)]
@@ -289,7 +305,8 @@ mod tests {
     fn garbage_is_answered_with_an_error_that_names_it() {
         let f = Fixture::new();
         let long = vec![b'x'; MAX_LINE * 2];
-        let cases: [(&[u8], &str); 6] = [
+        let cases: [(&[u8], &str); 7] = [
+            (b"{\"version\":2,\"call\":\"later\"}\n", "version 2"),
             (b"\n", "badRequest"),
             (b"GET / HTTP/1.1\r\n", "badRequest"),
             (b"{\"version\":1,\"call\":\"nonsense\"}\n", "nonsense"),
@@ -311,6 +328,26 @@ mod tests {
             attachment: attachment("a"),
         };
         assert_eq!(f.call(release), Answer::Released);
+    }
+
+    /// Half a line and then nothing is answered and counted; saying nothing at all is neither.
+    #[test]
+    fn who_is_too_slow_is_told_so() {
+        let f = Fixture::new();
+        let connect = || {
+            let stream = std::os::unix::net::UnixStream::connect(f.socket()).unwrap();
+            stream.set_read_timeout(Some(LINE_TIMEOUT * 2)).unwrap();
+            stream
+        };
+        let (silent, mut slow) = (connect(), connect());
+        slow.write_all(b"{\"version\"").unwrap();
+        let said = |stream| std::io::read_to_string(stream).unwrap();
+        let answer = said(slow);
+        assert!(
+            answer.contains("badRequest") && answer.contains("10 bytes without a newline"),
+            "{answer}"
+        );
+        assert_eq!(said(silent), "");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::ops::Bound;
 
-use crate::address::{BackendAddr, Family, FrontendAddr, parse_address};
+use crate::address::{BackendAddr, Family, FrontendAddr, Protocol, parse_address};
 use crate::change::Change;
 use crate::cluster::ClusterState;
 use crate::condition::{Condition, Reason};
@@ -492,6 +492,20 @@ impl Planner<'_> {
                     .push(condition(self.name, Reason::InvalidPort, message));
                 continue;
             }
+            match port.protocol {
+                Protocol::Tcp | Protocol::Udp => {}
+                Protocol::Sctp => {
+                    let condition = unsupported(
+                        self.name,
+                        "spec.ports[].protocol",
+                        "SCTP ports are not served",
+                    );
+                    if !plan.conditions.contains(&condition) {
+                        plan.conditions.push(condition);
+                    }
+                    continue;
+                }
+            }
             for family in &families {
                 let backends = endpoints::choose(
                     self.cluster.slices_of(self.name),
@@ -626,7 +640,10 @@ fn cluster_ips(
 }
 
 fn unsupported(name: &ObjectName, field: &str, effect: &str) -> Condition {
-    let message = format!("{field}: {effect} by this version; the rest of the Service is served");
+    let message = format!(
+        "{field}: {effect} by this version; the rest of the Service is served, do without the field \
+         or give the Service to another proxy"
+    );
     condition(name, Reason::Unsupported, message)
 }
 

@@ -50,12 +50,25 @@ pub const SCHEDULER_ANNOTATIONS: [&str; 4] = [
     "ferrule.io/scheduler-flags",
 ];
 
+/// Texts by key. A value that is `null` is empty, as the API server reads it: charts
+/// write `label:` with nothing behind it.
+fn texts<'de, D>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let texts: BTreeMap<String, Option<String>> = null_is_default(deserializer)?;
+    let texts = texts.into_iter();
+    Ok(texts
+        .map(|(key, text)| (key, text.unwrap_or_default()))
+        .collect())
+}
+
 /// The annotations that we read; others may be as long as the object itself.
 fn known_annotations<'de, D>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error>
 where
     D: Deserializer<'de>,
 {
-    let mut annotations: BTreeMap<String, String> = null_is_default(deserializer)?;
+    let mut annotations = texts(deserializer)?;
     annotations.retain(|key, _| SCHEDULER_ANNOTATIONS.contains(&key.as_str()));
     Ok(annotations)
 }
@@ -70,7 +83,7 @@ pub struct ObjectMeta {
     #[serde(default)]
     pub namespace: Option<String>,
     /// Labels.
-    #[serde(default, deserialize_with = "null_is_default")]
+    #[serde(default, deserialize_with = "texts")]
     pub labels: BTreeMap<String, String>,
     /// Annotations that we read, and no others.
     #[serde(default, deserialize_with = "known_annotations")]

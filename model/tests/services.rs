@@ -292,8 +292,8 @@ fn what_cannot_be_served_is_said() {
             ! Service default/web: InvalidAddress: spec.clusterIPs: "::ffff:10.0.0.1" is an IPv4-mapped IPv6 address, write it as plain IPv4; the address is not served, correct it
             ! Service default/web: InvalidPort: spec.ports[].port is 0; give a number from 1 to 65535
             ! Service default/web: DuplicatePort: spec.ports[].port: 80/TCP stands twice, the first is served; remove the other
-            ! Service default/web: Unsupported: spec.externalIPs: external addresses are not served by this version; the rest of the Service is served
-            ! Service default/web: Unsupported: spec.sessionAffinity: connections are spread without affinity by this version; the rest of the Service is served
+            ! Service default/web: Unsupported: spec.externalIPs: external addresses are not served by this version; the rest of the Service is served, do without the field or give the Service to another proxy
+            ! Service default/web: Unsupported: spec.sessionAffinity: connections are spread without affinity by this version; the rest of the Service is served, do without the field or give the Service to another proxy
         "#]],
     );
 }

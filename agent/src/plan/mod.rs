@@ -96,11 +96,12 @@ fn plan(option: &str, folder: &Path, node: &str, config: &Config) -> anyhow::Res
     let mut view = NodeView::new(node, config.policy.clone());
     view.take(scan.events);
     let report = files.report();
-    let fatal = report.problems.iter().filter(|(_, problem)| problem.fatal);
     let mut whole = true;
-    for (path, problem) in fatal {
+    for (path, problem) in &report.problems {
+        // A condition must not depend on the file that an object stands in; here the
+        // file and line of what is wrong with it are told.
         complain(&format!("{}: {}", path.display(), problem.words));
-        whole = false;
+        whole &= !problem.fatal;
     }
     Ok((Plan::new(&view, conditions(&report, folder)), whole))
 }

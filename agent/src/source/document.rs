@@ -9,7 +9,7 @@ use ferrule_model::kube::{Kind, Object, ObjectKey, namespace};
 use ferrule_model::names::ObjectName;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
-use serde_saphyr::{Options, options};
+use serde_saphyr::{Options, UserMessageFormatter, options};
 
 /// Most nodes and parser events of one document. The parser's own limit would
 /// refuse a `kind: List` of a few thousand objects; the size of a file is
@@ -260,7 +260,14 @@ fn parser_options() -> Options {
     }
 }
 
-fn typed<T: DeserializeOwned>(document: &str, key: Option<&ObjectKey>) -> Result<T, DocumentError> {
+/// One document as a value; what is wrong with it has its line and field.
+///
+/// # Errors
+/// When it is no YAML or no `T`; `key` is the object that is named then.
+pub(crate) fn typed<T: DeserializeOwned>(
+    document: &str,
+    key: Option<&ObjectKey>,
+) -> Result<T, DocumentError> {
     let mut field = String::new();
     let result = serde_saphyr::with_deserializer_from_str_with_options(
         document,
@@ -275,7 +282,8 @@ fn typed<T: DeserializeOwned>(document: &str, key: Option<&ObjectKey>) -> Result
     );
     result.map_err(|error: serde_saphyr::Error| {
         let error = error.without_snippet();
-        let text = error.to_string();
+        // The parser's other words tell a programmer which of its options to set.
+        let text = error.render_with_formatter(&UserMessageFormatter);
         // The parser's words end with the place within the document, which is told apart already.
         let words = text.lines().next().unwrap_or_default();
         let words = words
@@ -393,5 +401,14 @@ data: {text: \"x\"}
         let parsed = parse(text);
         assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
         assert_eq!(parsed.objects.len(), 1);
+        let text = "apiVersion: v1\nkind: Service\nmetadata:\n  name: s\n  labels: {app: }\n  \
+                    annotations:\n    note:\n    ferrule.io/scheduler: ~\n";
+        let parsed = parse(text);
+        assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
+        let [Object::Service(service)] = parsed.objects.as_slice() else {
+            panic!("{:?}", parsed.objects);
+        };
+        assert_eq!(service.metadata.labels["app"], "");
+        assert_eq!(service.metadata.annotations["ferrule.io/scheduler"], "");
     }
 }

@@ -314,8 +314,10 @@ impl Tree {
     fn below(root: &Path) -> io::Result<Self> {
         let mut known = BTreeSet::new();
         let mut tree = Self::default();
-        let mut waiting = vec![root.to_owned()];
-        while let Some(folder) = waiting.pop() {
+        // In the order of paths: by which of several links a folder is entered must not
+        // depend on the order in which a file system lists them.
+        let mut waiting = BTreeSet::from([root.to_owned()]);
+        while let Some(folder) = waiting.pop_first() {
             match tree.take(&folder, &mut known, &mut waiting) {
                 Ok(()) => {}
                 Err(error) if folder == root => return Err(error),
@@ -331,7 +333,7 @@ impl Tree {
         &mut self,
         folder: &Path,
         known: &mut BTreeSet<(u64, u64)>,
-        waiting: &mut Vec<PathBuf>,
+        waiting: &mut BTreeSet<PathBuf>,
     ) -> io::Result<()> {
         let metadata = fs::metadata(folder)?;
         if !known.insert((metadata.dev(), metadata.ino())) {
@@ -339,7 +341,7 @@ impl Tree {
         }
         for path in visible(folder)? {
             if path.is_dir() {
-                waiting.push(path);
+                waiting.insert(path);
             } else if is_manifest(&path)
                 && let Some(stamp) = stamp(&path)?
             {
@@ -564,6 +566,31 @@ mod tests {
         symlink("..2", f.dir.path().join("..new")).unwrap();
         fs::rename(f.dir.path().join("..new"), f.dir.path().join("..data")).unwrap();
         assert_eq!(f.scan(), ["+Service default/a"]);
+    }
+
+    /// A tmpfs lists what was made last first, ext4 by a hash.
+    #[test]
+    fn by_which_link_a_folder_is_entered_is_told_by_the_names() {
+        use std::os::unix::fs::symlink;
+        for link_first in [false, true] {
+            let mut f = Fixture::new();
+            let link = f.dir.path().join("alias");
+            if link_first {
+                symlink("real", &link).unwrap();
+            }
+            f.write("real/a.yaml", &service("a", "10.0.0.1"));
+            if !link_first {
+                symlink("real", &link).unwrap();
+            }
+            f.write("b.yaml", &service("a", "10.0.0.2"));
+            f.scan();
+            let (_, last) = f.folder.report().repeated.remove(0);
+            assert_eq!(
+                last,
+                f.dir.path().join("b.yaml"),
+                "alias/a.yaml comes before"
+            );
+        }
     }
 
     #[test]

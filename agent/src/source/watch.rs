@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use ferrule_model::condition::Reason;
 use futures_util::StreamExt as _;
 use inotify::{EventStream, Inotify, WatchMask};
 use tokio::sync::mpsc;
@@ -68,6 +69,7 @@ pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
             ..folder.report()
         };
         let news = told_report.as_ref() != Some(&report);
+        say_repeated(&report, told_report.as_ref());
         if !events.is_empty() || complete != told_complete || news {
             let update = Update {
                 events,
@@ -86,6 +88,15 @@ pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
             Err(_) => sleep(pause.min(RETRY)).await,
         }
         seen = Instant::now();
+    }
+}
+
+/// Objects that are defined more than once, each said when that begins.
+fn say_repeated(report: &Report, told: Option<&Report>) {
+    let known = |repeated| told.is_some_and(|told: &Report| told.repeated.contains(repeated));
+    for repeated in report.repeated.iter().filter(|repeated| !known(repeated)) {
+        let (object, file) = repeated;
+        warn!(%object, reason = %Reason::DuplicateObject, file = %file.display(), "is defined more than once, the definition in this file counts; remove the others");
     }
 }
 

@@ -9,6 +9,7 @@ use ferrule_api::status::{
     Audit, Drift, LastChange, ObjectCondition, Packets, PodStatus, Problem, Programmed,
     RangeStatus, SourceStatus,
 };
+use ferrule_model::condition::Reason;
 use serde_json::Value;
 
 use super::*;
@@ -118,15 +119,15 @@ fn broken() -> Status {
     status.problems = vec![
         problem(
             "Service default/web",
-            "virtual service 10.96.0.10:80/TCP cannot be added: the kernel has no scheduler wlc",
-            "load the module ip_vs_wlc (modprobe ip_vs_wlc), or have the Service ask for another scheduler",
+            "cannot add virtual service 10.96.0.10:80/TCP (rr): No such file or directory (os error 2)",
+            "load the scheduler's module: modprobe ip_vs_rr; then it is tried again by itself",
             12,
             4,
         ),
         problem(
-            "/etc/ferrule/manifests/cache.yaml",
-            "line 14: spec.ports[0].port is 0",
-            "write a port from 1 to 65535; the Service keeps its last good state",
+            "file /etc/ferrule/manifests/cache.yaml",
+            "line 14: Service default/cache: spec.ports[0].port: 70000 is not a port number; give one from 1 to 65535; its last good state stays in use",
+            "correct the file, or remove it",
             400,
             0,
         ),
@@ -138,7 +139,7 @@ fn broken() -> Status {
     status.pods.ranges[0] = range("10.244.1.0/24", 253, 0);
     status.drift = Drift {
         repaired: counted(&[("server", 2), ("route", 1)]),
-        last: Some("route 10.244.1.7 was gone".to_owned()),
+        last: Some("route 10.244.2.0/24 was gone".to_owned()),
         last_at: Some(NOW - 95),
     };
     status.audit.rounds = 0;
@@ -146,8 +147,10 @@ fn broken() -> Status {
     status.audit.round_estimate = None;
     status.conditions = vec![ObjectCondition {
         object: "Service default/legacy".to_owned(),
-        reason: "UnsupportedAffinity".to_owned(),
-        message: "spec.sessionAffinity is ClientIP; calls are balanced one by one, set it to None"
+        reason: Reason::Unsupported.to_string(),
+        message: "spec.sessionAffinity: connections are spread without affinity by this version; \
+                  the rest of the Service is served, do without the field or give the Service to \
+                  another proxy"
             .to_owned(),
     }];
     status.condition_count = 1;
@@ -225,12 +228,12 @@ fn a_broken_node() {
         DEGRADED  node-a: 3 problems
 
         Service default/web, for 12 s, tried 4 times
-            virtual service 10.96.0.10:80/TCP cannot be added: the kernel has no scheduler wlc
-            remedy: load the module ip_vs_wlc (modprobe ip_vs_wlc), or have the Service ask for another
-            scheduler
-        /etc/ferrule/manifests/cache.yaml, for 6 min 40 s
-            line 14: spec.ports[0].port is 0
-            remedy: write a port from 1 to 65535; the Service keeps its last good state
+            cannot add virtual service 10.96.0.10:80/TCP (rr): No such file or directory (os error 2)
+            remedy: load the scheduler's module: modprobe ip_vs_rr; then it is tried again by itself
+        file /etc/ferrule/manifests/cache.yaml, for 6 min 40 s
+            line 14: Service default/cache: spec.ports[0].port: 70000 is not a port number; give one from
+            1 to 65535; its last good state stays in use
+            remedy: correct the file, or remove it
         and 1 more problem that the agent does not list
 
         agent        ferrule-agent 0.1.0, up 12 min 10 s
@@ -246,14 +249,15 @@ fn a_broken_node() {
                      10.244.1.0/24: 253 used, 0 free
                      fd00:10:244:1::/64: 61 used, 65472 free
         drift        3 repaired: route 1, server 2
-                     last 1 min 35 s ago: route 10.244.1.7 was gone
+                     last 1 min 35 s ago: route 10.244.2.0/24 was gone
         audit        round 1: 40 of 118 virtual services compared at 2 % of a core
                      last compared: services 12 s ago, nftables 12 s ago
         packets      refused TCP 32
                      masqueraded: hairpin 4, pod egress 90210
         conditions   1 object served only in part
-                     Service default/legacy: UnsupportedAffinity: spec.sessionAffinity is ClientIP; calls
-                     are balanced one by one, set it to None
+                     Service default/legacy: Unsupported: spec.sessionAffinity: connections are spread
+                     without affinity by this version; the rest of the Service is served, do without the
+                     field or give the Service to another proxy
     "]].assert_eq(&text::render(&broken(), &WIDE));
 }
 
@@ -277,16 +281,18 @@ fn a_narrow_terminal_wraps_and_indents() {
         DEGRADED  node-a: 3 problems
 
         Service default/web, for 12 s, tried 4 times
-            virtual service 10.96.0.10:80/TCP cannot be
-            added: the kernel has no scheduler wlc
-            remedy: load the module ip_vs_wlc (modprobe
-            ip_vs_wlc), or have the Service ask for
-            another scheduler
-        /etc/ferrule/manifests/cache.yaml, for 6 min
-        40 s
-            line 14: spec.ports[0].port is 0
-            remedy: write a port from 1 to 65535; the
-            Service keeps its last good state
+            cannot add virtual service 10.96.0.10:80/TCP
+            (rr): No such file or directory (os error 2)
+            remedy: load the scheduler's module:
+            modprobe ip_vs_rr; then it is tried again by
+            itself
+        file /etc/ferrule/manifests/cache.yaml, for
+        6 min 40 s
+            line 14: Service default/cache:
+            spec.ports[0].port: 70000 is not a port
+            number; give one from 1 to 65535; its last
+            good state stays in use
+            remedy: correct the file, or remove it
         and 1 more problem that the agent does not list
 
         agent        ferrule-agent 0.1.0, up 12 min 10 s
@@ -313,7 +319,7 @@ fn a_narrow_terminal_wraps_and_indents() {
                      65472 free
         drift        3 repaired: route 1, server 2
                      last 1 min 35 s ago: route
-                     10.244.1.7 was gone
+                     10.244.2.0/24 was gone
         audit        round 1: 40 of 118 virtual services
                      compared at 2 % of a core
                      last compared: services 12 s ago,
@@ -323,10 +329,12 @@ fn a_narrow_terminal_wraps_and_indents() {
                      90210
         conditions   1 object served only in part
                      Service default/legacy:
-                     UnsupportedAffinity:
-                     spec.sessionAffinity is ClientIP;
-                     calls are balanced one by one, set
-                     it to None
+                     Unsupported: spec.sessionAffinity:
+                     connections are spread without
+                     affinity by this version; the rest
+                     of the Service is served, do
+                     without the field or give the
+                     Service to another proxy
     "]]
     .assert_eq(&text);
     for width in [32, 33, 60, 79] {
@@ -430,7 +438,7 @@ fn long_lists_are_cut_and_counted() {
     let text = text::render(&status, &WIDE);
     assert!(text.contains("and 22 more; -o json lists 24\n"));
     assert!(text.contains("192.0.2.7 and 12 more"));
-    assert_eq!(text.matches("UnsupportedAffinity").count(), 8);
+    assert_eq!(text.matches(": Unsupported: ").count(), 8);
 }
 
 #[test]
