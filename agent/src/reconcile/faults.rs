@@ -113,6 +113,16 @@ pub(crate) fn now() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
+/// Parts an error of the datapath from its remedy, which it ends with behind a
+/// semicolon if it has one.
+pub(crate) fn with_remedy(error: &str) -> (&str, String) {
+    let again = "it is tried again by itself";
+    match error.rsplit_once("; ") {
+        Some((error, remedy)) => (error, format!("{remedy}; {again}")),
+        None => (error, format!("{again}; the agent's log has the details")),
+    }
+}
+
 /// What to do about an error of the kernel.
 pub(crate) fn remedy(errno: Option<Errno>, scheduler: Option<&str>) -> String {
     let again = "it is tried again by itself";
@@ -142,6 +152,20 @@ pub(crate) fn remedy(errno: Option<Errno>, scheduler: Option<&str>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_and_its_remedy_are_told_apart() {
+        let error = "this kernel has no IPVS (no such family); load it with `modprobe ip_vs`";
+        let (words, remedy) = with_remedy(error);
+        assert_eq!(words, "this kernel has no IPVS (no such family)");
+        assert!(
+            remedy.starts_with("load it with `modprobe ip_vs`; "),
+            "{remedy}"
+        );
+        let (words, remedy) = with_remedy("cannot list routes: overrun");
+        assert_eq!(words, "cannot list routes: overrun");
+        assert!(remedy.contains("again"), "{remedy}");
+    }
 
     #[test]
     fn a_fault_is_said_once_and_counted_each_time() {

@@ -36,7 +36,7 @@ use tracing::{debug, error, info, warn};
 
 use self::audit::Audit;
 use self::difference::{Difference, Drifts};
-use self::faults::{About, Faults, now, remedy};
+use self::faults::{About, Faults, now, remedy, with_remedy};
 use self::network::Network;
 pub(crate) use self::report::{Asker, Query};
 use crate::config::Config;
@@ -354,13 +354,13 @@ impl Reconciler {
     }
 
     fn kernel_fault(&mut self, error: &str, words: &str) {
+        let (error, remedy) = with_remedy(error);
         let fault = format!("{words}: {error}");
-        let remedy = "see the remedy in the sentence, if it has one; it is tried again by itself";
         if self
             .faults
-            .note(About::Kernel, "kernel".to_owned(), fault, remedy)
+            .note(About::Kernel, "kernel".to_owned(), fault, &remedy)
         {
-            error!(error, retry = ?self.pause, "{words}");
+            error!(error, remedy, retry = ?self.pause, "{words}");
         }
         self.retry_later();
     }

@@ -1,7 +1,7 @@
-//! The screen of a healthy and of a broken node, as docs/status.md shows them.
+//! The screen of a healthy and of a broken node. Those of docs/status.md are a real node's:
+//! the kernel suite compares them.
 
 use std::collections::BTreeMap;
-use std::fs;
 
 use expect_test::expect;
 use ferrule_api::FrameError;
@@ -83,7 +83,7 @@ fn healthy() -> Status {
             ..Drift::default()
         },
         audit: Audit {
-            budget_percent: 2.0,
+            budget_percent: 0.3,
             done: 40,
             total: 118,
             rounds: 7_199,
@@ -179,29 +179,8 @@ fn bare() -> Status {
 }
 
 #[test]
-fn docs_show_what_is_printed() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/status.md");
-    let before = fs::read_to_string(path).unwrap();
-    let mut after = before.clone();
-    for (name, status) in [("healthy", healthy()), ("broken", broken())] {
-        let marker = format!("<!-- {name} -->\n```\n");
-        let begin = after.find(&marker).expect("docs/status.md has the marker") + marker.len();
-        let length = after[begin..].find("```").expect("the block has an end");
-        after.replace_range(begin..begin + length, &text::render(&status, &WIDE));
-    }
-    if after != before && std::env::var_os("UPDATE_DOCS").is_some_and(|value| value == "1") {
-        fs::write(path, &after).unwrap();
-        return;
-    }
-    assert!(
-        after == before,
-        "docs/status.md does not show what is printed now; run this test with UPDATE_DOCS=1 and commit what it writes"
-    );
-}
-
-#[test]
 fn a_healthy_node() {
-    expect![[r"
+    expect![[r#"
         healthy  node-a  ferrule-agent 0.1.0, up 3 d 4 h
 
         source       manifests in /etc/ferrule/manifests: 42 Services, 57 EndpointSlices, 3 Nodes,
@@ -214,17 +193,17 @@ fn a_healthy_node() {
                      10.244.1.0/24: 61 used, 192 free
                      fd00:10:244:1::/64: 61 used, 65472 free
         drift        none
-        audit        round 7200: 40 of 118 virtual services compared; a full round takes 38 s at 2 % of a
+        audit        round 7200: 40 of 118 virtual services compared; a full round takes 38 s at 0.3 % of a
                      core
                      last compared: services 12 s ago, nftables 12 s ago
         packets      refused TCP 32
                      masqueraded: hairpin 4, pod egress 90210
-    "]].assert_eq(&text::render(&healthy(), &WIDE));
+    "#]].assert_eq(&text::render(&healthy(), &WIDE));
 }
 
 #[test]
 fn a_broken_node() {
-    expect![[r"
+    expect![[r#"
         DEGRADED  node-a: 3 problems
 
         Service default/web, for 12 s, tried 4 times
@@ -250,7 +229,7 @@ fn a_broken_node() {
                      fd00:10:244:1::/64: 61 used, 65472 free
         drift        3 repaired: route 1, server 2
                      last 1 min 35 s ago: route 10.244.2.0/24 was gone
-        audit        round 1: 40 of 118 virtual services compared at 2 % of a core
+        audit        round 1: 40 of 118 virtual services compared at 0.3 % of a core
                      last compared: services 12 s ago, nftables 12 s ago
         packets      refused TCP 32
                      masqueraded: hairpin 4, pod egress 90210
@@ -258,7 +237,7 @@ fn a_broken_node() {
                      Service default/legacy: Unsupported: spec.sessionAffinity: connections are spread
                      without affinity by this version; the rest of the Service is served, do without the
                      field or give the Service to another proxy
-    "]].assert_eq(&text::render(&broken(), &WIDE));
+    "#]].assert_eq(&text::render(&broken(), &WIDE));
 }
 
 #[test]
@@ -277,7 +256,7 @@ fn a_node_that_knows_nothing_says_little() {
 fn a_narrow_terminal_wraps_and_indents() {
     let look = Look { width: 48, ..WIDE };
     let text = text::render(&broken(), &look);
-    expect![[r"
+    expect![[r#"
         DEGRADED  node-a: 3 problems
 
         Service default/web, for 12 s, tried 4 times
@@ -321,7 +300,7 @@ fn a_narrow_terminal_wraps_and_indents() {
                      last 1 min 35 s ago: route
                      10.244.2.0/24 was gone
         audit        round 1: 40 of 118 virtual services
-                     compared at 2 % of a core
+                     compared at 0.3 % of a core
                      last compared: services 12 s ago,
                      nftables 12 s ago
         packets      refused TCP 32
@@ -335,7 +314,7 @@ fn a_narrow_terminal_wraps_and_indents() {
                      of the Service is served, do
                      without the field or give the
                      Service to another proxy
-    "]]
+    "#]]
     .assert_eq(&text);
     for width in [32, 33, 60, 79] {
         let text = text::render(&broken(), &Look { width, ..WIDE });

@@ -22,6 +22,7 @@ mod routes;
 mod rows;
 mod segment;
 mod socket;
+mod status;
 mod walk;
 pub(crate) mod world;
 
@@ -101,6 +102,11 @@ fn within_a_node() -> Vec<Test> {
         ),
         ipvs("foreign/objects-survive", 10, foreign::objects_survive),
         ipvs("audit/damage-is-put-right", 20, audit::damage_is_put_right),
+        ipvs(
+            "status/docs-show-a-real-node",
+            10,
+            status::docs_show_a_real_node,
+        ),
     ]
 }
 
