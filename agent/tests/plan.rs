@@ -126,6 +126,7 @@ scenario_tests! {
     node_missing: "node-missing",
     node_port: "node-port",
     node_port_addresses: "node-port-addresses",
+    node_port_nowhere: "node-port-nowhere",
     node_port_primary: "node-port-primary",
     reject: "reject",
     unsupported: "unsupported",

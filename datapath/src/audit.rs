@@ -4,8 +4,9 @@
 use ferrule_model::source_nat::SourceNat;
 use ferrule_netlink::{Error, Socket};
 use rustix::io::Errno;
+use tracing::warn;
 
-use crate::filter::{self, TableState};
+use crate::filter::{self, Elements, RulesetError, TableState};
 use crate::node::{Node, ObserveError, OpenError, Settings};
 use crate::vip::VipDevice;
 
@@ -18,26 +19,63 @@ pub enum FilterDrift {
     Changed,
 }
 
-/// Loads the ruleset and returns what the table is like from then on.
+/// Our table as it was loaded last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Loaded {
+    /// What it is like.
+    pub(crate) fingerprint: [u8; 32],
+    /// Its rules of source NAT are those that were there before.
+    pub(crate) kept: bool,
+}
+
+/// Loads the ruleset. With `keep`, rules of source NAT that are there stay as they are.
 pub(crate) async fn load_filter(
     settings: &Settings,
     socket: &Socket,
     nat: &SourceNat,
-) -> Result<[u8; 32], OpenError> {
+    keep: bool,
+) -> Result<Loaded, OpenError> {
     let name = &settings.nft_table;
     let unread = |source| OpenError::ReadBack {
         table: name.clone(),
         source,
     };
     let before = filter::table(socket, name).await.map_err(unread)?;
+    let before_none = before.is_none();
     let chains = before.map_or_else(Vec::new, |state| state.chains);
-    filter::load(&settings.nft_program, name, nat, &chains).await?;
+    let mut kept = keep
+        && filter::SOURCE_NAT_CHAINS
+            .iter()
+            .all(|ours| chains.iter().any(|chain| chain == ours));
+    let wanted = (!kept).then_some(nat);
+    if let Err(error) = filter::load(&settings.nft_program, name, wanted, &chains).await {
+        let cannot = matches!(error, RulesetError::Refused { .. } | RulesetError::Name(_));
+        if !cannot || before_none {
+            return Err(error.into());
+        }
+        // What another made of it cannot be put right in its place. Elements are proof of what is
+        // ours, so they stay; one that cannot be read is missed by whoever observes next.
+        let elements = Elements::open(name)
+            .map_err(OpenError::Socket)?
+            .list()
+            .await;
+        let elements = elements.unwrap_or_default();
+        let anew = filter::load_anew(&settings.nft_program, name, nat, &elements).await;
+        // The first refusal says more about what is wrong.
+        anew.map_err(|_| error)?;
+        kept = false;
+        warn!(table = %name, "another had changed our table beyond repair; it was made anew");
+    }
     let after = filter::table(socket, name).await.map_err(unread)?;
-    after.map(|state| state.fingerprint).ok_or_else(|| {
+    let after = after.ok_or_else(|| {
         unread(Error::Refused {
             errno: Errno::NOENT,
             reason: Some("removed by another while it was loaded".to_owned()),
         })
+    })?;
+    Ok(Loaded {
+        fingerprint: after.fingerprint,
+        kept,
     })
 }
 
@@ -47,12 +85,18 @@ impl Node {
     /// # Errors
     /// [`OpenError`]; the rules stay what they were.
     pub async fn set_source_nat(&mut self, nat: &SourceNat) -> Result<bool, OpenError> {
-        if self.nat == *nat {
+        if self.nat == *nat && !self.loaded.kept {
             return Ok(false);
         }
-        self.fingerprint = load_filter(&self.settings, &self.netfilter, nat).await?;
+        self.loaded = load_filter(&self.settings, &self.netfilter, nat, false).await?;
         self.nat = nat.clone();
         Ok(true)
+    }
+
+    /// Whether the rules of source NAT are those that a former agent made.
+    #[must_use]
+    pub fn keeps_former_source_nat(&self) -> bool {
+        self.loaded.kept
     }
 
     /// The generation of the kernel's ruleset, if it is another than when the
@@ -81,7 +125,7 @@ impl Node {
         let state = state.map_err(ObserveError::of("our nftables table"))?;
         Ok(match state {
             None => Some(FilterDrift::Missing),
-            Some(TableState { fingerprint, .. }) if fingerprint != self.fingerprint => {
+            Some(TableState { fingerprint, .. }) if fingerprint != self.loaded.fingerprint => {
                 Some(FilterDrift::Changed)
             }
             Some(_) => None,
@@ -93,7 +137,8 @@ impl Node {
     /// # Errors
     /// [`OpenError`].
     pub async fn repair_filter(&mut self) -> Result<(), OpenError> {
-        self.fingerprint = load_filter(&self.settings, &self.netfilter, &self.nat).await?;
+        let keep = self.loaded.kept;
+        self.loaded = load_filter(&self.settings, &self.netfilter, &self.nat, keep).await?;
         Ok(())
     }
 
@@ -102,6 +147,11 @@ impl Node {
     /// # Errors
     /// [`OpenError`].
     pub async fn ensure_device(&mut self) -> Result<bool, OpenError> {
+        let name = &self.settings.vip_device;
+        // Renamed it has our VIPs still, and beside another one they would be a foreign device's.
+        if VipDevice::find(name).await?.is_none() && self.device.take_name_back().await? {
+            return Ok(true);
+        }
         let device = VipDevice::ensure(&self.settings.vip_device).await?;
         let another = device.index() != self.device.index();
         if another {

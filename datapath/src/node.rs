@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use tracing::{info, warn};
 
 use crate::apply::{ChangeError, Kernel};
-use crate::audit::load_filter;
+use crate::audit::{Loaded, load_filter};
 use crate::filter::{self, Element, Elements, RulesetError};
 use crate::ipvs::{
     self, ForwardMethod, Order, RealServer, ServerSettings, Service, ServiceFlags, ServiceKey,
@@ -117,19 +117,21 @@ pub struct Node {
     /// Asks about the table, so that it never waits for elements.
     pub(crate) netfilter: Socket,
     pub(crate) nat: SourceNat,
-    /// What the table was like after we loaded it.
-    pub(crate) fingerprint: [u8; 32],
+    /// Our table as we loaded it.
+    pub(crate) loaded: Loaded,
     /// Generation of the kernel's ruleset when the table was last compared.
     pub(crate) generation: Option<u32>,
 }
 
 impl Node {
     /// Prepares the kernel of the calling thread's network namespace: modules,
-    /// sysctls, the VIP device, the guard and source NAT. Idempotent.
+    /// sysctls, the VIP device, the guard and source NAT. Idempotent. With `keep`,
+    /// rules of source NAT that are there stay as they are until
+    /// [`Node::set_source_nat`]: for who does not know yet what they should be.
     ///
     /// # Errors
     /// [`OpenError`]; what was prepared stays and does no harm.
-    pub async fn open(settings: Settings, nat: SourceNat) -> Result<Self, OpenError> {
+    pub async fn open(settings: Settings, nat: SourceNat, keep: bool) -> Result<Self, OpenError> {
         if settings.load_modules {
             let missing = modules::load().await;
             if !missing.is_empty() {
@@ -149,20 +151,20 @@ impl Node {
         sysctl::ensure_forwarding(&settings.sysctl_root)?;
         sysctl::ensure_services(&settings.sysctl_root)?;
         let netfilter = Socket::open(Protocol::Netfilter).map_err(OpenError::Socket)?;
-        let fingerprint = load_filter(&settings, &netfilter, &nat).await?;
+        let loaded = load_filter(&settings, &netfilter, &nat, keep).await?;
         Ok(Self {
             ipvs,
             elements: Elements::open(&settings.nft_table).map_err(OpenError::Socket)?,
             device: VipDevice::ensure(&settings.vip_device).await?,
             netfilter,
             nat,
-            fingerprint,
+            loaded,
             generation: None,
             settings,
         })
     }
 
-    /// What of ours the kernel holds. Changes nothing.
+    /// What of ours the kernel holds. Changes nothing but what [`Node::observe_filter`] removes.
     ///
     /// # Errors
     /// [`ObserveError`]; what is returned is complete.
@@ -182,12 +184,20 @@ impl Node {
     }
 
     /// Reads the elements of our sets into `observed`, in the place of what was there.
+    /// Elements that can only be another's, which no [`Change`] could name, are removed;
+    /// returns the names of the sets where they were.
     ///
     /// # Errors
     /// [`ObserveError`]; `observed` is not touched then.
-    pub async fn observe_filter(&self, observed: &mut Observed) -> Result<(), ObserveError> {
-        let elements = self.elements.list().await;
-        let elements = elements.map_err(ObserveError::of("the elements of our nftables sets"))?;
+    pub async fn observe_filter(
+        &self,
+        observed: &mut Observed,
+    ) -> Result<Vec<&'static str>, ObserveError> {
+        let elements = self.elements.list_all().await;
+        let (elements, strange) =
+            elements.map_err(ObserveError::of("the elements of our nftables sets"))?;
+        let removed = self.elements.remove_strange(&strange).await;
+        removed.map_err(ObserveError::of("foreign elements of our nftables sets"))?;
         observed.guarded.clear();
         observed.allowed.clear();
         observed.external.clear();
@@ -200,7 +210,7 @@ impl Node {
                 Element::Hairpin(ip) => observed.hairpins.insert(ip),
             };
         }
-        Ok(())
+        Ok(strange.iter().map(filter::Strange::set).collect())
     }
 
     /// The addresses on the VIP device.

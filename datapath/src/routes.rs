@@ -21,20 +21,15 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-/// `struct ifinfomsg` of `linux/rtnetlink.h`: its length, where the index is, where
-/// the flags are.
+/// `struct ifinfomsg` of `linux/rtnetlink.h`: its length, where the index is.
 const LINK_HEADER: usize = 16;
 const LINK_INDEX: usize = 4;
-const LINK_FLAGS: usize = 8;
 
 /// `RTM_NEWLINK`.
 const NEW_LINK: u16 = 16;
 
 /// `IFLA_IFNAME`.
 const LINK_NAME: u16 = 3;
-
-/// `IFF_LOOPBACK`.
-const LOOPBACK: u32 = 8;
 
 /// Takes what is as it was wanted for done.
 pub(crate) fn forgive(
@@ -199,9 +194,9 @@ impl Routes {
     }
 
     /// The addresses of the machine that others may reach, by index of their
-    /// device and then by number. Left out are: every address of the loopback
-    /// device, those of host scope, link-local, loopback, multicast and
-    /// unspecified ones, and those that another machine was found to have.
+    /// device and then by number, those that routers announce from the loopback
+    /// device among them. Left out are: those of host scope, link-local, loopback,
+    /// multicast and unspecified ones, and those that another machine was found to have.
     ///
     /// # Errors
     /// [`Error`]; what is returned is complete.
@@ -221,8 +216,8 @@ impl Routes {
         Ok(addresses)
     }
 
-    /// The devices by their index.
-    async fn devices(&self) -> Result<BTreeMap<u32, Device>, Error> {
+    /// The names of the devices by their index.
+    async fn devices(&self) -> Result<BTreeMap<u32, String>, Error> {
         let question = route::encode(RouteNetlinkMessage::GetLink(LinkMessage::default()));
         let mut devices = BTreeMap::new();
         for answer in self.socket.dump(question).await? {
@@ -233,13 +228,6 @@ impl Routes {
         }
         Ok(devices)
     }
-}
-
-/// What we want to know of a device.
-#[derive(Debug, PartialEq, Eq)]
-struct Device {
-    name: String,
-    loopback: bool,
 }
 
 /// Where a route leads.
@@ -359,7 +347,7 @@ fn hop(attributes: &[RouteAttribute]) -> Hop {
 }
 
 /// As `ip route` has it: these protocols by name, the others by number.
-fn in_words(protocol: RouteProtocol, hops: &[Hop], devices: &BTreeMap<u32, Device>) -> String {
+fn in_words(protocol: RouteProtocol, hops: &[Hop], devices: &BTreeMap<u32, String>) -> String {
     let mut words = vec![match protocol {
         RouteProtocol::IcmpRedirect => "proto redirect".to_owned(),
         RouteProtocol::Kernel => "proto kernel".to_owned(),
@@ -372,7 +360,7 @@ fn in_words(protocol: RouteProtocol, hops: &[Hop], devices: &BTreeMap<u32, Devic
     for hop in hops {
         words.extend(hop.gateway.map(|gateway| format!("via {gateway}")));
         words.extend(hop.device.map(|index| match devices.get(&index) {
-            Some(device) => format!("dev {}", device.name),
+            Some(device) => format!("dev {device}"),
             // Gone since the routes were read.
             None => format!("dev {index}"),
         }));
@@ -380,33 +368,24 @@ fn in_words(protocol: RouteProtocol, hops: &[Hop], devices: &BTreeMap<u32, Devic
     words.join(" ")
 }
 
-/// Index and device of a link message. Only these fields are read: devices come
+/// Index and name of a device, by a link message. Only these fields are read: devices come
 /// with hundreds of attributes that depend on their kind, and one that cannot be
 /// read must not hide the addresses of all.
-fn device(answer: &RawMessage) -> Result<(u32, Device), Error> {
-    let field = |place: usize| {
-        let bytes = answer.body.get(place..).and_then(<[u8]>::first_chunk);
-        bytes.copied().map(u32::from_ne_bytes)
-    };
-    let attributes = answer.body.get(LINK_HEADER..);
-    let (Some(index), Some(flags), Some(attributes)) =
-        (field(LINK_INDEX), field(LINK_FLAGS), attributes)
-    else {
+fn device(answer: &RawMessage) -> Result<(u32, String), Error> {
+    let index = answer.body.get(LINK_INDEX..).and_then(<[u8]>::first_chunk);
+    let (Some(index), Some(attributes)) = (index, answer.body.get(LINK_HEADER..)) else {
         return Err(Error::Decode(
             "a link message without its header".to_owned(),
         ));
     };
+    let index = u32::from_ne_bytes(*index);
     for attribute in NlasIterator::new(attributes) {
         let attribute = attribute?;
         if attribute.kind() == LINK_NAME {
             let name = attribute.value();
             let name = name.strip_suffix(&[0]).unwrap_or(name);
-            let device = Device {
-                // Names are bytes other than '/' and white space; these are for people.
-                name: String::from_utf8_lossy(name).into_owned(),
-                loopback: flags & LOOPBACK != 0,
-            };
-            return Ok((index, device));
+            // Names are bytes other than '/' and white space; these are for people.
+            return Ok((index, String::from_utf8_lossy(name).into_owned()));
         }
     }
     Err(Error::Decode(format!("device {index} has no name")))
@@ -415,7 +394,7 @@ fn device(answer: &RawMessage) -> Result<(u32, Device), Error> {
 /// `None` for an address that is left out.
 fn machine_address(
     message: &AddressMessage,
-    devices: &BTreeMap<u32, Device>,
+    devices: &BTreeMap<u32, String>,
 ) -> Result<Option<MachineAddress>, Error> {
     let (mut address, mut local) = (None, None);
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
@@ -432,7 +411,7 @@ fn machine_address(
         .or(address)
         .ok_or_else(|| Error::Decode("an address message without its address".to_owned()))?;
     let index = message.header.index;
-    let Some(device) = devices.get(&index).filter(|device| !device.loopback) else {
+    let Some(device) = devices.get(&index) else {
         return Ok(None);
     };
     let reachable = !is_of_the_machine_alone(ip)
@@ -441,7 +420,7 @@ fn machine_address(
     Ok(reachable.then(|| MachineAddress {
         ip,
         prefix: message.header.prefix_len,
-        device: device.name.clone(),
+        device: device.clone(),
         index,
     }))
 }
@@ -463,7 +442,6 @@ mod tests {
     fn a_link_without_what_we_need_is_an_error() {
         let mut body = vec![0; LINK_HEADER];
         body[LINK_INDEX] = 7;
-        body[LINK_FLAGS..LINK_FLAGS + 4].copy_from_slice(&(LOOPBACK | 1).to_ne_bytes());
         let name = body.len();
         body.extend([7, 0]);
         body.extend(LINK_NAME.to_ne_bytes());
@@ -474,11 +452,7 @@ mod tests {
                 body: body.to_vec(),
             })
         };
-        let lo = Device {
-            name: "lo".to_owned(),
-            loopback: true,
-        };
-        assert_eq!(read(&body).unwrap(), (7, lo));
+        assert_eq!(read(&body).unwrap(), (7, "lo".to_owned()));
         for cut in 0..body.len() {
             assert!(read(&body[..cut]).is_err(), "{cut}");
         }
@@ -505,11 +479,7 @@ mod tests {
 
     #[test]
     fn foreign_routes_are_put_into_words() {
-        let device = Device {
-            name: "eth1".to_owned(),
-            loopback: false,
-        };
-        let devices = BTreeMap::from([(3, device)]);
+        let devices = BTreeMap::from([(3, "eth1".to_owned())]);
         let hop = |gateway: &str, device| Hop {
             gateway: gateway.parse().ok(),
             device,

@@ -124,6 +124,41 @@ impl VipDevice {
         }))
     }
 
+    /// Gives the device its name again if another took that. Whether the device still exists.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub async fn take_name_back(&self) -> Result<bool, DeviceError> {
+        let failed = |source| DeviceError::Kernel {
+            action: "rename",
+            device: self.name.clone(),
+            source,
+        };
+        let mut link = LinkMessage::default();
+        link.header.index = self.index;
+        let question = route::encode(RouteNetlinkMessage::GetLink(link.clone()));
+        let answers = match self.socket.request(question, 0).await {
+            Ok(answers) => answers,
+            Err(error) if error.is_not_found() => return Ok(false),
+            Err(error) => return Err(failed(error)),
+        };
+        let Some(answer) = answers.first() else {
+            return Ok(false);
+        };
+        // A device of another kind has got the number meanwhile.
+        match route::decode(answer).map_err(failed)? {
+            RouteNetlinkMessage::NewLink(found) if is_dummy(&found) => {}
+            _ => return Ok(false),
+        }
+        link.attributes = vec![LinkAttribute::IfName(self.name.to_string())];
+        let order = route::encode(RouteNetlinkMessage::SetLink(link));
+        match self.socket.request(order, 0).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &IfName {

@@ -19,6 +19,7 @@ use ferrule_model::observed::Observed;
 use ferrule_model::service::VirtualService;
 use ferrule_netlink::Error;
 use proptest::prelude::*;
+use rustix::io::Errno;
 
 /// A kernel that refuses what the real one refuses, fails now and then, and
 /// takes down every moment at which the node is open.
@@ -30,19 +31,59 @@ struct FakeKernel {
     openings: Vec<String>,
 }
 
+/// What goes wrong with an operation.
+enum Failure {
+    /// The kernel says no.
+    Refused(Errno),
+    /// No answer comes, whether it was done or not.
+    Lost { done: bool },
+}
+
+/// Interrupted, no memory, busy, no such module, no permission.
+const REFUSALS: [Errno; 5] = [
+    Errno::INTR,
+    Errno::NOBUFS,
+    Errno::BUSY,
+    Errno::NOENT,
+    Errno::PERM,
+];
+
 impl FakeKernel {
-    fn fails(&mut self) -> bool {
+    fn number(&mut self, below: usize) -> usize {
         self.random = self
             .random
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        self.failing && (self.random >> 33).is_multiple_of(10)
+        usize::try_from(self.random >> 33).unwrap_or_default() % below
+    }
+
+    fn failure(&mut self) -> Option<Failure> {
+        if !self.failing || self.number(10) != 0 {
+            return None;
+        }
+        let done = self.number(2) == 0;
+        let which = self.number(REFUSALS.len() + 1);
+        Some(match REFUSALS.get(which) {
+            Some(errno) => Failure::Refused(*errno),
+            None => Failure::Lost { done },
+        })
     }
 
     fn execute_one(&mut self, change: &Change) -> Result<(), ChangeError> {
-        if self.fails() {
-            return Err(refusal());
+        match self.failure() {
+            None => self.carry_out(change),
+            Some(Failure::Refused(errno)) => Err(refusal(errno)),
+            Some(Failure::Lost { done }) => {
+                if done {
+                    self.carry_out(change)?;
+                }
+                let patience = std::time::Duration::from_secs(30);
+                Err(ChangeError::new(Error::Timeout(patience)))
+            }
         }
+    }
+
+    fn carry_out(&mut self, change: &Change) -> Result<(), ChangeError> {
         let service = change
             .frontend()
             .map(|f| self.state.services.contains_key(&f));
@@ -50,7 +91,7 @@ impl FakeKernel {
             Change::AddServer(..) | Change::UpdateServer(..) | Change::UpdateService(..)
                 if service == Some(false) =>
             {
-                return Err(refusal());
+                return Err(refusal(Errno::SRCH));
             }
             _ => self.state.record(change),
         }
@@ -70,8 +111,11 @@ impl FakeKernel {
     }
 }
 
-fn refusal() -> ChangeError {
-    ChangeError::new(Error::Decode("refused on purpose".to_owned()))
+fn refusal(errno: Errno) -> ChangeError {
+    ChangeError::new(Error::Refused {
+        errno,
+        reason: Some("on purpose".to_owned()),
+    })
 }
 
 impl Kernel for FakeKernel {
@@ -110,6 +154,7 @@ fn desired(services: &[(u8, u8)]) -> Desired {
         pods: ipnetwork::IpNetwork::new([10, 1, 0, 0].into(), 24)
             .into_iter()
             .collect(),
+        ..NodeFacts::default()
     };
     desired.set_facts(&cluster, facts);
     for (number, backends) in services {
@@ -218,6 +263,14 @@ proptest! {
             for change in &applied.done {
                 believed.record(change);
             }
+            let errors = || applied.failed.iter().map(|(_, error)| error);
+            if errors().any(ChangeError::leaves_doubt) {
+                // What is then in the kernel is looked at, as the agent does.
+                believed = kernel.state.clone();
+                scope = everything(&desired, &believed);
+                continue;
+            }
+            prop_assert!(errors().all(|error| error.errno().is_some()));
             prop_assert_eq!(&believed, &kernel.state, "what is believed is what is");
             scope = ferrule_model::desired::Scope::default();
             let failed = applied.failed.iter().map(|(change, _)| change);
@@ -241,7 +294,7 @@ proptest! {
                 let mut results = Vec::new();
                 for change in changes {
                     results.push(if change.ip() == self.1 {
-                        Err(refusal())
+                        Err(refusal(Errno::BUSY))
                     } else {
                         self.0.execute_one(change)
                     });

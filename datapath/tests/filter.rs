@@ -16,7 +16,8 @@ use std::path::Path;
 use std::process::Command;
 
 use ferrule_datapath::filter::{
-    Element, Elements, RulesetError, TableState, counters, generation, load, remove, table,
+    Element, Elements, RulesetError, Strange, TableState, counters, generation, load, load_anew,
+    remove, table,
 };
 use ferrule_model::address::{FrontendAddr, Protocol};
 use ferrule_model::network::{Networks, Policy};
@@ -62,7 +63,7 @@ fn texts<const N: usize>(texts: [&str; N]) -> BTreeSet<String> {
 #[test]
 fn elements_are_what_the_program_reads() {
     in_namespace(|| async {
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         let elements = Elements::open(TABLE).unwrap();
@@ -100,7 +101,7 @@ fn elements_are_what_the_program_reads() {
 #[test]
 fn a_second_load_keeps_elements_and_puts_rules_right() {
     in_namespace(|| async {
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         let elements = Elements::open(TABLE).unwrap();
@@ -108,17 +109,153 @@ fn a_second_load_keeps_elements_and_puts_rules_right() {
         assert!(elements.add(&before).await.iter().all(Result::is_ok));
         let rules = || nft(&["-s", "list", "table", "inet", TABLE]);
         let good = rules();
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         assert_eq!(rules(), good);
         nft(&["flush", "chain", "inet", TABLE, "guard-local"]);
         nft(&["insert", "rule", "inet", TABLE, "guard-remote", "accept"]);
         assert_ne!(rules(), good);
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         assert_eq!(rules(), good);
+    });
+}
+
+/// Who does not know yet whose source to replace leaves the rules as they are, and
+/// puts the guard right all the same.
+#[test]
+fn rules_of_source_nat_can_be_kept() {
+    in_namespace(|| async {
+        let own = [OwnAddress {
+            ip: "192.0.2.1".parse().unwrap(),
+            link: "192.0.2.0/24".parse().unwrap(),
+            device: "eth0".to_owned(),
+        }];
+        let nat = SourceNat::new(&Policy::default(), Networks::default(), &own, None);
+        load(program(), TABLE, Some(&nat), &[]).await.unwrap();
+        let good = state().await.unwrap();
+        nft(&[&format!("flush chain inet {TABLE} guard-remote")]);
+        assert_ne!(state().await.unwrap(), good);
+        load(program(), TABLE, None, &[]).await.unwrap();
+        assert_eq!(state().await.unwrap(), good);
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
+            .await
+            .unwrap();
+        assert_ne!(state().await.unwrap(), good);
+    });
+}
+
+/// Elements that the kernel takes and we never make: they are seen, hide none of
+/// ours, and can be removed.
+#[test]
+fn strange_elements_are_told_apart_and_removed() {
+    in_namespace(|| async {
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
+            .await
+            .unwrap();
+        let elements = Elements::open(TABLE).unwrap();
+        let ours = [
+            vip("10.96.0.10"),
+            frontend("10.96.0.10", 80, Protocol::Tcp),
+            Element::Hairpin("10.244.1.2".parse().unwrap()),
+        ];
+        assert!(elements.add(&ours).await.iter().all(Result::is_ok));
+        for (set, element) in [
+            ("vips4", "*"),
+            ("vips6", "*"),
+            ("frontends4", "10.96.0.10 . icmp . 80"),
+            ("external6", "fd00::1 . esp . 80"),
+            ("hairpins4", "10.244.1.2 . 10.244.1.3"),
+        ] {
+            nft(&[&format!("add element inet {TABLE} {set} {{ {element} }}")]);
+        }
+        let (found, strange) = elements.list_all().await.unwrap();
+        assert_eq!(BTreeSet::from_iter(found), BTreeSet::from(ours));
+        let sets: Vec<&str> = strange.iter().map(Strange::set).collect();
+        assert_eq!(
+            sets,
+            ["vips4", "vips6", "frontends4", "external6", "hairpins4"]
+        );
+        elements.remove_strange(&strange).await.unwrap();
+        elements.remove_strange(&strange).await.unwrap();
+        let (found, strange) = elements.list_all().await.unwrap();
+        assert_eq!(BTreeSet::from_iter(found), BTreeSet::from(ours));
+        assert_eq!(strange, []);
+    });
+}
+
+/// What cannot be put right in its place: the table is made anew with its elements.
+#[test]
+fn a_table_beyond_repair_is_made_anew() {
+    in_namespace(|| async {
+        for damage in [
+            "flush chain inet guard-test guard-remote; delete chain inet guard-test guard-remote; \
+             add chain inet guard-test guard-remote",
+            "add chain inet guard-test their.chain",
+            "add chain inet guard-test theirs; \
+             add map inet guard-test m { type ipv4_addr : verdict; }; \
+             add element inet guard-test m { 192.0.2.1 : jump theirs }",
+        ] {
+            let nat = SourceNat::default();
+            load(program(), TABLE, Some(&nat), &[]).await.unwrap();
+            let elements = Elements::open(TABLE).unwrap();
+            let ours = [
+                vip("10.96.0.10"),
+                vip("fd00:96::a"),
+                frontend("fd00:96::a", 443, Protocol::Sctp),
+                frontend("10.96.0.10", 80, Protocol::Tcp),
+                Element::External(FrontendAddr::new(
+                    "192.0.2.1".parse().unwrap(),
+                    30_080,
+                    Protocol::Udp,
+                )),
+                Element::Hairpin("10.244.1.2".parse().unwrap()),
+            ];
+            assert!(elements.add(&ours).await.iter().all(Result::is_ok));
+            let good = state().await.unwrap();
+            nft(&[damage]);
+            let damaged = state().await.unwrap();
+            assert_ne!(damaged.fingerprint, good.fingerprint, "{damage}");
+            let refused = load(program(), TABLE, Some(&nat), &damaged.chains).await;
+            assert!(refused.is_err(), "{damage}: needs no new table");
+            let listed = elements.list().await.unwrap();
+            load_anew(program(), TABLE, &nat, &listed).await.unwrap();
+            assert_eq!(state().await.unwrap(), good, "{damage}");
+            let listed = elements.list().await.unwrap();
+            assert_eq!(BTreeSet::from_iter(listed), BTreeSet::from(ours));
+        }
+    });
+}
+
+async fn state() -> Option<TableState> {
+    let socket = Socket::open(Netlink::Netfilter).unwrap();
+    table(&socket, TABLE).await.unwrap()
+}
+
+/// A device may have nearly any name; what the program would misread is left out.
+#[test]
+fn names_of_devices_are_read_as_they_are() {
+    in_namespace(|| async {
+        let own = ["a\"b", "x*", "a\\b", "eth0", "q{;"].map(|device| OwnAddress {
+            ip: "192.0.2.1".parse().unwrap(),
+            link: "192.0.2.0/24".parse().unwrap(),
+            device: device.to_owned(),
+        });
+        let nat = SourceNat::new(&Policy::default(), Networks::default(), &own, None);
+        load(program(), TABLE, Some(&nat), &[]).await.unwrap();
+        let rules = nft(&["list", "chain", "inet", TABLE, "replace-source"]);
+        // The kernel lists a set in its own order.
+        for said in [
+            r#"oifname { "eth0", "q{;" }"#,
+            r#"oifname { "q{;", "eth0" }"#,
+        ] {
+            if rules.contains(said) {
+                return;
+            }
+        }
+        panic!("{rules}");
     });
 }
 
@@ -133,7 +270,7 @@ fn only_our_table_goes() {
         assert!(elements.list().await.unwrap_err().is_not_found());
         let results = elements.add(&[vip("10.96.0.10")]).await;
         assert!(results[0].as_ref().unwrap_err().is_not_found());
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         assert!(elements.add(&[vip("10.96.0.11")]).await[0].is_ok());
@@ -149,7 +286,7 @@ fn only_our_table_goes() {
 #[test]
 fn as_many_as_a_large_cluster_has() {
     in_namespace(|| async {
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         let elements = Elements::open(TABLE).unwrap();
@@ -185,7 +322,7 @@ fn a_name_says_no_more_than_a_name() {
         for name in ["", "a b", "a; flush ruleset", "1a", "a\n", "{", &long] {
             let nat = SourceNat::default();
             for result in [
-                load(program(), name, &nat, &[]).await,
+                load(program(), name, Some(&nat), &[]).await,
                 remove(program(), name).await,
             ] {
                 let error = result.unwrap_err();
@@ -193,14 +330,14 @@ fn a_name_says_no_more_than_a_name() {
             }
         }
         // A word of the language is no name: the program says so.
-        let error = load(program(), "ip6", &SourceNat::default(), &[])
+        let error = load(program(), "ip6", Some(&SourceNat::default()), &[])
             .await
             .unwrap_err();
         assert!(matches!(error, RulesetError::Refused { .. }), "{error}");
         let error = load(
             Path::new("/no/such/program"),
             TABLE,
-            &SourceNat::default(),
+            Some(&SourceNat::default()),
             &[],
         )
         .await
@@ -220,7 +357,7 @@ fn the_fingerprint_stays_while_nobody_meddles() {
         let socket = Socket::open(Netlink::Netfilter).unwrap();
         assert_eq!(table(&socket, TABLE).await.unwrap(), None);
         let empty = generation(&socket).await.unwrap();
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         let loaded = generation(&socket).await.unwrap();
@@ -240,7 +377,7 @@ fn the_fingerprint_stays_while_nobody_meddles() {
         assert_eq!(generation(&socket).await.unwrap(), loaded);
         // Loaded again, more than once: rules get other handles.
         for _ in 0..3 {
-            load(program(), TABLE, &SourceNat::default(), &[])
+            load(program(), TABLE, Some(&SourceNat::default()), &[])
                 .await
                 .unwrap();
             assert_eq!(seen(&socket).await, good);
@@ -258,7 +395,7 @@ fn the_fingerprint_stays_while_nobody_meddles() {
         // Removed, with the others there, and loaded into the void.
         remove(program(), TABLE).await.unwrap();
         assert_eq!(table(&socket, TABLE).await.unwrap(), None);
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         assert_eq!(seen(&socket).await, good);
@@ -267,7 +404,7 @@ fn the_fingerprint_stays_while_nobody_meddles() {
         assert!(sets().contains("__set0"));
         remove(program(), TABLE).await.unwrap();
         nft(&["add table inet guard-test { chain foreign { tcp dport { 1, 2 } accept; }; }"]);
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         assert_ne!(seen(&socket).await, good);
@@ -296,7 +433,7 @@ fn the_fingerprint_tells_every_change() {
     ];
     in_namespace(|| async {
         let socket = Socket::open(Netlink::Netfilter).unwrap();
-        load(program(), TABLE, &SourceNat::default(), &[])
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
         let good = seen(&socket).await;
@@ -308,7 +445,7 @@ fn the_fingerprint_tells_every_change() {
             let foreign = changed.chains.iter().any(|chain| chain == "foreign");
             assert_eq!(foreign, change.contains("chain inet guard-test foreign"));
             remove(program(), TABLE).await.unwrap();
-            load(program(), TABLE, &SourceNat::default(), &[])
+            load(program(), TABLE, Some(&SourceNat::default()), &[])
                 .await
                 .unwrap();
             assert_eq!(seen(&socket).await, good, "after {change}");
@@ -386,7 +523,7 @@ fn source_nat_of_every_kind_loads_and_foreign_chains_go() {
         );
         for all in [false, true] {
             nat.masquerade_all = all;
-            load(program(), TABLE, &nat, &[]).await.unwrap();
+            load(program(), TABLE, Some(&nat), &[]).await.unwrap();
             let text = nft(&["list", "chain", "inet", TABLE, "source-nat"]);
             assert_eq!(
                 text.contains("counter name \"masqueradeAll\""),
@@ -402,7 +539,9 @@ fn source_nat_of_every_kind_loads_and_foreign_chains_go() {
         nft(&["add", "rule", "inet", TABLE, "source-nat", "accept"]);
         let bad = table(&socket, TABLE).await.unwrap().unwrap();
         assert_ne!(bad.fingerprint, good.fingerprint);
-        load(program(), TABLE, &nat, &bad.chains).await.unwrap();
+        load(program(), TABLE, Some(&nat), &bad.chains)
+            .await
+            .unwrap();
         assert_eq!(table(&socket, TABLE).await.unwrap(), Some(good));
     });
 }

@@ -199,6 +199,7 @@ fn addresses_are_those_by_which_others_reach_the_machine() {
         assert_eq!(
             texts,
             [
+                "198.51.100.7/32 lo",
                 "203.0.113.5/28 peer",
                 "2001:db8:5::1/128 peer",
                 "10.0.0.1/32 eth0",
@@ -207,10 +208,10 @@ fn addresses_are_those_by_which_others_reach_the_machine() {
                 "2001:db8::1/64 eth0",
             ]
         );
-        assert!(addresses[0].index < addresses[2].index);
+        assert!(addresses[1].index < addresses[3].index);
         let index = ip("-o link show eth0");
         assert!(
-            index.starts_with(&format!("{}:", addresses[2].index)),
+            index.starts_with(&format!("{}:", addresses[3].index)),
             "{index}"
         );
     });

@@ -594,6 +594,21 @@ impl Planner<'_> {
             add(FrontendKind::ClusterIP, *ip, port.port);
         }
         if port.node_port != 0 {
+            let range = &self.facts.node_port_range;
+            let condition = condition(
+                self.name,
+                Reason::InvalidPort,
+                format!(
+                    "spec.ports[].nodePort: {} is not in nodePortRange {}-{}: a source that is \
+                     replaced may have the same port; set nodePortRange to what the API server has",
+                    port.node_port,
+                    range.start(),
+                    range.end()
+                ),
+            );
+            if !range.contains(&port.node_port) && !plan.conditions.contains(&condition) {
+                plan.conditions.push(condition);
+            }
             for ip in self.facts.node_ports.iter().filter(of_family) {
                 add(FrontendKind::NodePort, *ip, port.node_port);
             }

@@ -92,15 +92,23 @@ pub struct Networks {
 
 impl Networks {
     /// What holds for the node of that name. What cannot be read is in the conditions.
+    /// `former` is the node's own object as it was last, which counts while it is gone.
     #[must_use]
-    pub fn new(cluster: &ClusterState, node: &str, policy: &Policy) -> (Self, Vec<Condition>) {
+    pub fn new(
+        cluster: &ClusterState,
+        node: &str,
+        policy: &Policy,
+        former: Option<&Node>,
+    ) -> (Self, Vec<Condition>) {
         let mut conditions = Vec::new();
         let mut networks = Self {
             pods: policy.cluster_cidrs.iter().copied().collect(),
             services: policy.service_cidrs.iter().copied().collect(),
             ..Self::default()
         };
-        for (name, object) in cluster.nodes() {
+        let former = former.filter(|_| cluster.node(node).is_none());
+        let former = former.map(|object| (node, object));
+        for (name, object) in cluster.nodes().chain(former) {
             let ranges = pod_ranges(name, object, &mut conditions);
             if name == node {
                 networks.node_pods.extend(&ranges);
@@ -221,6 +229,10 @@ pub(crate) fn pod_ranges(
     };
     for text in node.pod_cidrs() {
         match parse_network(text) {
+            // A route to it would be a default route, and every client a pod.
+            Ok(network) if network.prefix() == 0 => say(format!(
+                "spec.podCIDRs: {network} is every address; the range is left out, correct it"
+            )),
             Ok(network) => {
                 let family = Family::of(network.ip());
                 if let Some(first) = ranges.get(&family) {
@@ -241,7 +253,7 @@ pub(crate) fn pod_ranges(
 }
 
 /// What is known of this node's own addresses.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeFacts {
     /// Every address of the node: none of them can be a VIP.
     pub own: BTreeSet<IpAddr>,
@@ -249,6 +261,14 @@ pub struct NodeFacts {
     pub node_ports: BTreeSet<IpAddr>,
     /// Pods of this node.
     pub pods: BTreeSet<IpNetwork>,
+    /// The ports that node ports are given out of.
+    pub node_port_range: RangeInclusive<u16>,
+}
+
+impl Default for NodeFacts {
+    fn default() -> Self {
+        Self::new(None, None, &Policy::default(), &BTreeSet::new())
+    }
 }
 
 impl NodeFacts {
@@ -286,6 +306,7 @@ impl NodeFacts {
             own,
             node_ports,
             pods: pods.clone(),
+            node_port_range: policy.node_ports.clone(),
         }
     }
 }

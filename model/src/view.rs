@@ -12,7 +12,7 @@ use ipnetwork::IpNetwork;
 use crate::cluster::{ClusterState, Event, Touched};
 use crate::condition::{Condition, Reason};
 use crate::desired::{Desired, Scope};
-use crate::kube::Kind;
+use crate::kube::{Kind, Node};
 use crate::network::{
     Networks, NodeFacts, Policy, address_conditions, cluster_object, range_conditions,
 };
@@ -30,6 +30,9 @@ pub struct NodeView {
     network_conditions: Vec<Condition>,
     /// The machine's addresses; `None` where nothing is known of a machine.
     own: Option<Vec<OwnAddress>>,
+    /// The node's own object as it was last: pods and node ports go on when it
+    /// vanishes, be it for the moment in which a folder of manifests is replaced.
+    object: Option<Node>,
 }
 
 impl NodeView {
@@ -37,7 +40,7 @@ impl NodeView {
     #[must_use]
     pub fn new(node: &str, policy: Policy) -> Self {
         let cluster = ClusterState::default();
-        let (networks, network_conditions) = Networks::new(&cluster, node, &policy);
+        let (networks, network_conditions) = Networks::new(&cluster, node, &policy, None);
         Self {
             node: node.to_owned(),
             desired: Desired::new(node),
@@ -46,6 +49,7 @@ impl NodeView {
             networks,
             network_conditions,
             own: None,
+            object: None,
         }
     }
 
@@ -57,7 +61,12 @@ impl NodeView {
         }
         let mut scope = Scope::default();
         if touched.service_cidrs || !touched.nodes.is_empty() {
-            let (networks, conditions) = Networks::new(&self.cluster, &self.node, &self.policy);
+            if let Some(object) = self.cluster.node(&self.node) {
+                self.object = Some(object.clone());
+            }
+            let former = self.object.as_ref();
+            let (networks, conditions) =
+                Networks::new(&self.cluster, &self.node, &self.policy, former);
             self.networks = networks;
             self.network_conditions = conditions;
             scope.merge(self.set_facts());
@@ -75,17 +84,21 @@ impl NodeView {
     }
 
     fn set_facts(&mut self) -> Scope {
+        let facts = self.facts();
+        self.desired.set_facts(&self.cluster, facts)
+    }
+
+    fn facts(&self) -> NodeFacts {
         let own: Option<BTreeSet<IpAddr>> = self
             .own
             .as_ref()
             .map(|own| own.iter().map(|address| address.ip).collect());
-        let facts = NodeFacts::new(
+        NodeFacts::new(
             own.as_ref(),
-            self.cluster.node(&self.node),
+            self.object.as_ref(),
             &self.policy,
             &self.networks.node_pods,
-        );
-        self.desired.set_facts(&self.cluster, facts)
+        )
     }
 
     /// Name of the node.
@@ -125,7 +138,7 @@ impl NodeView {
             &self.policy,
             self.networks.clone(),
             self.own.as_deref().unwrap_or_default(),
-            self.cluster.node(&self.node),
+            self.object.as_ref(),
         )
     }
 
@@ -155,6 +168,16 @@ impl NodeView {
                 ),
             }),
         }
+        let facts = self.facts();
+        if facts.node_ports.is_empty() && !facts.own.is_empty() {
+            conditions.push(Condition {
+                object: cluster_object(Kind::Node, &self.node),
+                reason: Reason::InvalidAddress,
+                message: "nodePortAddresses: none of the node's addresses is among them, so it \
+                          serves no node ports; correct the configuration or status.addresses"
+                    .to_owned(),
+            });
+        }
         conditions.sort();
         conditions
     }
@@ -164,5 +187,34 @@ impl NodeView {
     pub fn conditions(&self) -> BTreeSet<Condition> {
         let services = self.desired.conditions();
         services.chain(self.node_conditions()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kube::{AddressKind, NodeAddress, Object};
+
+    #[test]
+    fn pods_and_node_ports_go_on_without_the_node_object() {
+        let mut node = Node::default();
+        "a".clone_into(&mut node.metadata.name);
+        node.spec.pod_cidrs = vec!["10.1.0.0/24".to_owned(), "fd00:1::/64".to_owned()];
+        node.status.addresses = vec![NodeAddress {
+            kind: AddressKind::InternalIP,
+            address: "192.0.2.1".to_owned(),
+        }];
+        let object = Object::Node(node);
+        let key = object.key();
+        let mut view = NodeView::new("a", Policy::default());
+        view.take([Event::Applied(Box::new(object))]);
+        let before = (view.source_nat(), view.networks().clone());
+        assert_eq!(before.1.node_pods.len(), 2);
+        let (scope, touched) = view.take([Event::Deleted(key)]);
+        assert!(touched.nodes.contains("a"));
+        assert!(scope.is_empty(), "{scope:?}");
+        assert_eq!((view.source_nat(), view.networks().clone()), before);
+        let reasons: Vec<Reason> = view.node_conditions().iter().map(|c| c.reason).collect();
+        assert_eq!(reasons, [Reason::NodeMissing]);
     }
 }

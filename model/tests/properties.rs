@@ -181,6 +181,7 @@ fn facts() -> impl Strategy<Value = NodeFacts> {
                 .then(|| "10.1.0.0/30".parse().unwrap())
                 .into_iter()
                 .collect(),
+            ..NodeFacts::default()
         }
     })
 }

@@ -102,6 +102,8 @@ impl Drop for Process {
 pub struct Usage {
     /// Memory that it has in RAM, in KiB.
     pub resident: u64,
+    /// As much of it as is no file's: its own data, not the program's text.
+    pub anonymous: u64,
     /// Descriptors that it has open.
     pub descriptors: usize,
 }
@@ -113,12 +115,17 @@ impl Usage {
     /// When there is none.
     pub fn of(pid: u32) -> anyhow::Result<Self> {
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let resident = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next())
-            .with_context(|| format!("process {pid} has no VmRSS"))?;
+        let field = |name: &str| -> anyhow::Result<u64> {
+            let value = status
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.split_whitespace().next());
+            Ok(value
+                .with_context(|| format!("process {pid} has no {name}"))?
+                .parse()?)
+        };
         Ok(Self {
-            resident: resident.parse()?,
+            resident: field("VmRSS:")?,
+            anonymous: field("RssAnon:")?,
             descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
         })
     }

@@ -200,10 +200,13 @@ impl Reconciler {
             generation = moved.unwrap_or(generation);
         }
         let mut found = Observed::default();
-        kernel
-            .observe_filter(&mut found)
-            .await
-            .map_err(|e| e.to_string())?;
+        let strange = kernel.observe_filter(&mut found).await;
+        let strange: Vec<String> = strange
+            .map_err(|e| e.to_string())?
+            .into_iter()
+            .map(|set| format!("a foreign element was in set {set}"))
+            .collect();
+        self.drifts.note("filter", &strange);
         kernel.filter_compared(generation);
         self.audit.filter_done(began);
         let mut difference = Difference::default();

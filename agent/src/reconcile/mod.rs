@@ -14,7 +14,7 @@ mod faults;
 mod network;
 mod report;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ use ferrule_model::condition::Condition;
 use ferrule_model::desired::Scope;
 use ferrule_model::diff::{diff, everything};
 use ferrule_model::ipam::PodRange;
-use ferrule_model::kube::Kind;
+use ferrule_model::names::ObjectName;
 use ferrule_model::observed::Observed;
 use ferrule_model::view::NodeView;
 use tokio::sync::mpsc;
@@ -68,7 +68,10 @@ pub(crate) struct Reconciler {
     pending_since: Option<Instant>,
     last_change: Option<LastChange>,
     faults: Faults,
-    said: BTreeSet<Condition>,
+    /// What was logged of Services and their slices, by Service.
+    said: BTreeMap<ObjectName, BTreeSet<Condition>>,
+    /// What was logged of other objects.
+    said_of_nodes: BTreeSet<Condition>,
     audit: Audit,
     drifts: Drifts,
     source: report::Source,
@@ -99,7 +102,8 @@ impl Reconciler {
             pending_since: None,
             last_change: None,
             faults: Faults::default(),
-            said: BTreeSet::new(),
+            said: BTreeMap::new(),
+            said_of_nodes: BTreeSet::new(),
             audit: Audit::new(config.audit_budget),
             drifts: Drifts::default(),
             source: report::Source::new(source),
@@ -147,7 +151,7 @@ impl Reconciler {
         if told && !self.dirty.is_empty() && self.retry_at.is_none() {
             return Instant::now();
         }
-        let times = [self.retry_at, self.network.wake_at()];
+        let times = [self.retry_at, self.network.wake_at(told)];
         let tick = self.audit.next_tick.max(Instant::now());
         times.into_iter().flatten().fold(tick, Instant::min)
     }
@@ -187,26 +191,28 @@ impl Reconciler {
 
     /// Logs what is new about the objects concerned, once.
     fn say_conditions(&mut self, touched: &Touched) {
-        let about_node =
-            |condition: &Condition| matches!(condition.object.kind, Kind::Node | Kind::ServiceCidr);
         let mut news: BTreeSet<Condition> = BTreeSet::new();
         for service in &touched.services {
-            let conditions = self.view.desired().conditions_of(service);
-            self.said.retain(|said| {
-                said.object.name != *service || about_node(said) || conditions.contains(said)
-            });
-            news.extend(conditions);
+            let conditions: BTreeSet<Condition> = self
+                .view
+                .desired()
+                .conditions_of(service)
+                .into_iter()
+                .collect();
+            let before = self.said.remove(service).unwrap_or_default();
+            news.extend(conditions.difference(&before).cloned());
+            // One without any takes no memory, also when its Service is gone.
+            if !conditions.is_empty() {
+                self.said.insert(service.clone(), conditions);
+            }
         }
         if touched.service_cidrs || !touched.nodes.is_empty() {
-            let conditions = self.view.node_conditions();
-            self.said
-                .retain(|said| !about_node(said) || conditions.contains(said));
-            news.extend(conditions);
+            let conditions: BTreeSet<Condition> = self.view.node_conditions().into_iter().collect();
+            news.extend(conditions.difference(&self.said_of_nodes).cloned());
+            self.said_of_nodes = conditions;
         }
         for condition in news {
-            if self.said.insert(condition.clone()) {
-                warn!(object = %condition.object, reason = %condition.reason, "{}", condition.message);
-            }
+            warn!(object = %condition.object, reason = %condition.reason, "{}", condition.message);
         }
     }
 
@@ -284,7 +290,7 @@ impl Reconciler {
             };
             looked_at && !open.contains(&about)
         });
-        if !(self.complete && self.network.is_known()) {
+        if !self.knows_all() {
             let all = changes.len();
             changes.retain(|change| !removes(change));
             if changes.len() < all {
@@ -316,7 +322,8 @@ impl Reconciler {
     /// Opens and observes the kernel. False when that failed.
     async fn prepare(&mut self) -> bool {
         if self.kernel.is_none() {
-            match Node::open(self.settings.clone(), self.view.source_nat()).await {
+            let nat = self.view.source_nat();
+            match Node::open(self.settings.clone(), nat, !self.knows_all()).await {
                 Ok(kernel) => self.kernel = Some(kernel),
                 Err(error) => {
                     let words =
@@ -365,11 +372,22 @@ impl Reconciler {
         self.retry_later();
     }
 
-    /// A failure holds up nothing else: the former rules stay loaded.
+    /// Whether every source has told all it has, and the machine's addresses are known.
+    fn knows_all(&self) -> bool {
+        self.complete && self.network.is_known()
+    }
+
+    /// A failure holds up nothing else: the former rules stay loaded. Those of a
+    /// former agent stay until all is known: to know less is no reason to replace
+    /// the sources of fewer connections, or of more.
     async fn set_source_nat(&mut self) {
+        let knows_all = self.knows_all();
         let Some(kernel) = &mut self.kernel else {
             return;
         };
+        if kernel.keeps_former_source_nat() && !knows_all {
+            return;
+        }
         match kernel.set_source_nat(&self.view.source_nat()).await {
             Ok(changed) => {
                 if changed {
@@ -429,7 +447,8 @@ impl Reconciler {
             self.waiting.insert_change(change);
         }
         if !applied.done.is_empty() {
-            let seen = self.pending_since.unwrap_or(start);
+            // What still waits has a fault that says since when.
+            let seen = self.pending_since.take().unwrap_or(start);
             self.last_change = Some(LastChange {
                 at: now(),
                 steps: applied.done.len(),
@@ -445,9 +464,14 @@ impl Reconciler {
         }
         if self.waiting.is_empty() {
             self.settle();
-        } else {
+        } else if self.retry_at.is_none() {
             self.retry_later();
+        } else if doubt {
+            // Everything waits for the kernel to be observed, not only what failed before.
+            self.retry_at = Some(Instant::now() + RETRY.0);
         }
+        // Otherwise what failed before has its time already: changes that have nothing to do with
+        // it must not put that off, or where changes come all the time it is never tried again.
     }
 
     fn change_fault(&mut self, change: &Change, error: &ChangeError) {
@@ -478,9 +502,15 @@ impl Reconciler {
             self.observed = None;
             self.kernel_fault(&error, "the VIP device cannot be had");
         }
-        if let Some(own) = self.network.addresses(&mut self.faults).await {
+        let was_known = self.network.is_known();
+        let device = self.kernel.as_ref().map(Node::device_index).or(device);
+        if let Some(own) = self.network.addresses(device, &mut self.faults).await {
             self.dirty.merge(self.view.set_own(own));
             self.network.routes_are_suspect();
+            // What was held back for want of the addresses is looked at again.
+            if !was_known && let Some(observed) = &self.observed {
+                self.dirty.merge(everything(self.view.desired(), observed));
+            }
         }
     }
 

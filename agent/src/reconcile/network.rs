@@ -41,6 +41,8 @@ pub(super) struct Network {
     next_look: Instant,
     own: Option<Vec<OwnAddress>>,
     table: Option<RouteTable>,
+    /// Prefixes to which we want routes, there or not.
+    wanted: BTreeSet<IpNetwork>,
     conditions: Vec<Condition>,
 }
 
@@ -57,6 +59,7 @@ impl Network {
             next_look: Instant::now(),
             own: None,
             table: None,
+            wanted: BTreeSet::new(),
             conditions: Vec::new(),
         }
     }
@@ -80,7 +83,10 @@ impl Network {
         }
         if self.socket.is_none() {
             match Routes::open() {
-                Ok(socket) => self.socket = Some(socket),
+                Ok(socket) => {
+                    self.socket = Some(socket);
+                    faults.clear(About::Addresses);
+                }
                 Err(error) => {
                     let words = format!("cannot ask for addresses and routes: {error}");
                     fail(faults, About::Addresses, "kernel", &words, &error);
@@ -119,7 +125,8 @@ impl Network {
                 News::Link { index, name, gone } => {
                     let is_device = Some(index) == device;
                     if is_device || name.as_ref() == Some(&self.vip_device) {
-                        self.device_suspect |= gone || !is_device;
+                        let renamed = name.is_some_and(|name| name != self.vip_device);
+                        self.device_suspect |= gone || !is_device || renamed;
                     } else if name.is_none_or(|name| !name.starts_with(HOST_VETH_PREFIX)) {
                         // The routes over a device that goes down vanish without an event of
                         // their own.
@@ -152,8 +159,7 @@ impl Network {
         match ours {
             Some(route) => table.ours.contains(&route) != present,
             None => {
-                table.foreign.contains_key(&to)
-                    || table.ours.iter().any(|route| route.destination == to)
+                self.wanted.contains(&to) || table.ours.iter().any(|route| route.destination == to)
             }
         }
     }
@@ -169,9 +175,11 @@ impl Network {
         self.routes_suspect = true;
     }
 
-    /// When there is something to look at without news.
-    pub(super) fn wake_at(&self) -> Option<Instant> {
-        (self.addresses_suspect || self.routes_suspect).then_some(self.next_look)
+    /// When there is something to look at without news. Routes are looked at once
+    /// the source has told something, and not before the addresses are known.
+    pub(super) fn wake_at(&self, told: bool) -> Option<Instant> {
+        let routes = told && self.routes_suspect && self.own.is_some();
+        (self.addresses_suspect || routes).then_some(self.next_look)
     }
 
     /// Whether the machine's addresses have been read.
@@ -179,20 +187,30 @@ impl Network {
         self.own.is_some()
     }
 
-    /// The machine's addresses, if they are news.
-    pub(super) async fn addresses(&mut self, faults: &mut Faults) -> Option<Vec<OwnAddress>> {
+    /// The machine's addresses, if they are news. `device` is the VIP device, whatever its
+    /// name is at the moment: VIPs that pass for addresses of the node are not served.
+    pub(super) async fn addresses(
+        &mut self,
+        device: Option<u32>,
+        faults: &mut Faults,
+    ) -> Option<Vec<OwnAddress>> {
         if !self.addresses_suspect || Instant::now() < self.next_look {
             return None;
         }
         self.open(faults);
-        let socket = self.socket.as_ref()?;
+        let Some(socket) = &self.socket else {
+            self.next_look = Instant::now() + RETRY;
+            return None;
+        };
         match socket.addresses().await {
             Ok(found) => {
                 self.addresses_suspect = false;
                 faults.clear(About::Addresses);
                 let own: Vec<OwnAddress> = found
                     .into_iter()
-                    .filter(|address| address.device != self.vip_device)
+                    .filter(|address| {
+                        address.device != self.vip_device && Some(address.index) != device
+                    })
                     .filter_map(own_address)
                     .collect();
                 if self.own.as_ref() == Some(&own) {
@@ -273,7 +291,11 @@ impl Network {
         for route in wanted.values().filter(|route| !table.ours.contains(*route)) {
             match table.foreign.get(&route.destination) {
                 None => add.push(*route),
-                Some(theirs) => conditions.push(conflict(view, route, theirs)),
+                Some(theirs) => {
+                    // That says what is wrong, whatever the kernel said when it was tried.
+                    faults.clear(About::Route(route.destination));
+                    conditions.push(conflict(view, route, theirs));
+                }
             }
         }
         let results = socket.add(&add).await;
@@ -287,11 +309,22 @@ impl Network {
                 faults.clear(About::Route(route.destination));
             }
         }
+        // A route that is neither wanted nor there any more is no fault, whatever failed about it.
+        faults.clear_if(|about| match about {
+            About::Route(prefix) => {
+                !wanted.contains_key(&prefix)
+                    && !table.ours.iter().any(|route| route.destination == prefix)
+            }
+            _ => false,
+        });
         conditions.sort();
         for condition in conditions.iter().filter(|c| !self.conditions.contains(c)) {
             warn!(object = %condition.object, reason = %condition.reason, "{}", condition.message);
         }
         self.conditions = conditions;
+        self.wanted = wanted.into_keys().collect();
+        // A router may have a million, and changes some of them each second.
+        table.foreign.clear();
         self.table = Some(table);
     }
 

@@ -180,7 +180,7 @@ fn bare() -> Status {
 
 #[test]
 fn a_healthy_node() {
-    expect![[r#"
+    expect![[r"
         healthy  node-a  ferrule-agent 0.1.0, up 3 d 4 h
 
         source       manifests in /etc/ferrule/manifests: 42 Services, 57 EndpointSlices, 3 Nodes,
@@ -198,12 +198,12 @@ fn a_healthy_node() {
                      last compared: services 12 s ago, nftables 12 s ago
         packets      refused TCP 32
                      masqueraded: hairpin 4, pod egress 90210
-    "#]].assert_eq(&text::render(&healthy(), &WIDE));
+    "]].assert_eq(&text::render(&healthy(), &WIDE));
 }
 
 #[test]
 fn a_broken_node() {
-    expect![[r#"
+    expect![[r"
         DEGRADED  node-a: 3 problems
 
         Service default/web, for 12 s, tried 4 times
@@ -237,7 +237,7 @@ fn a_broken_node() {
                      Service default/legacy: Unsupported: spec.sessionAffinity: connections are spread
                      without affinity by this version; the rest of the Service is served, do without the
                      field or give the Service to another proxy
-    "#]].assert_eq(&text::render(&broken(), &WIDE));
+    "]].assert_eq(&text::render(&broken(), &WIDE));
 }
 
 #[test]
@@ -256,7 +256,7 @@ fn a_node_that_knows_nothing_says_little() {
 fn a_narrow_terminal_wraps_and_indents() {
     let look = Look { width: 48, ..WIDE };
     let text = text::render(&broken(), &look);
-    expect![[r#"
+    expect![[r"
         DEGRADED  node-a: 3 problems
 
         Service default/web, for 12 s, tried 4 times
@@ -314,7 +314,7 @@ fn a_narrow_terminal_wraps_and_indents() {
                      of the Service is served, do
                      without the field or give the
                      Service to another proxy
-    "#]]
+    "]]
     .assert_eq(&text);
     for width in [32, 33, 60, 79] {
         let text = text::render(&broken(), &Look { width, ..WIDE });

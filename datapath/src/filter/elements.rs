@@ -6,7 +6,7 @@ use ferrule_model::address::{FrontendAddr, Protocol};
 use ferrule_netlink::{Error, Protocol as Netlink, RawMessage, Socket};
 use netlink_packet_core::{Emitable as _, NLM_F_CREATE, NlasIterator};
 use netlink_packet_netfilter::nftables::{
-    DataAttribute, ListAttribute, SetElementAttribute, SetElementList,
+    DataAttribute, ListAttribute, SetElementAttribute, SetElementFlags, SetElementList,
 };
 
 /// `NFNL_SUBSYS_NFTABLES << 8`.
@@ -23,11 +23,15 @@ pub(super) const FAMILY_INET: u8 = 1;
 /// Length of `struct nfgenmsg`.
 pub(super) const HEADER: usize = 4;
 
-/// `NFTA_SET_ELEM_LIST_ELEMENTS`, `NFTA_LIST_ELEM`, `NFTA_SET_ELEM_KEY`, `NFTA_DATA_VALUE`.
+/// `NFTA_SET_ELEM_LIST_ELEMENTS`, `NFTA_LIST_ELEM`, `NFTA_SET_ELEM_KEY`, `…_FLAGS`, `NFTA_DATA_VALUE`.
 pub(super) const LIST_ELEMENTS: u16 = 3;
 pub(super) const ELEMENT: u16 = 1;
 const KEY: u16 = 1;
+const FLAGS: u16 = 3;
 const DATA_VALUE: u16 = 1;
+
+/// `NFT_SET_ELEM_CATCHALL`.
+const CATCH_ALL: u32 = 2;
 
 /// Length of `struct nlattr`.
 pub(super) const ATTRIBUTE_HEADER: usize = 4;
@@ -52,6 +56,31 @@ pub enum Element {
     Hairpin(IpAddr),
 }
 
+/// An element of one of our sets that we never make, and so another's doing: a
+/// protocol that Services do not have, a pair of two addresses, or the one that
+/// stands for every key.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Strange {
+    set: &'static str,
+    /// `None` for the one that stands for every key.
+    key: Option<Vec<u8>>,
+}
+
+impl Strange {
+    /// The set that it is in.
+    #[must_use]
+    pub fn set(&self) -> &'static str {
+        self.set
+    }
+
+    fn attributes(&self) -> Vec<SetElementAttribute> {
+        vec![match &self.key {
+            Some(key) => SetElementAttribute::Key(DataAttribute::Value(key.clone())),
+            None => SetElementAttribute::Flags(SetElementFlags::from_bits_retain(CATCH_ALL)),
+        }]
+    }
+}
+
 /// Our sets, for reading and writing.
 #[derive(Debug)]
 pub struct Elements {
@@ -72,7 +101,7 @@ const SETS: [&str; 8] = [
 ];
 
 impl Element {
-    fn set(&self) -> &'static str {
+    pub(super) fn set(&self) -> &'static str {
         match self {
             Self::Vip(IpAddr::V4(_)) => "vips4",
             Self::Vip(IpAddr::V6(_)) => "vips6",
@@ -103,7 +132,18 @@ impl Element {
         }
     }
 
-    /// `None` for a key that is not of the set's type, which the kernel would not have taken.
+    /// The key as the program reads it.
+    pub(super) fn text(&self) -> String {
+        match self {
+            Self::Vip(ip) => ip.to_string(),
+            Self::Hairpin(ip) => format!("{ip} . {ip}"),
+            Self::Frontend(addr) | Self::External(addr) => {
+                format!("{} . {} . {}", addr.ip, addr.protocol.number(), addr.port)
+            }
+        }
+    }
+
+    /// `None` for a key that we never make.
     fn from_key(set: &str, key: &[u8]) -> Option<Self> {
         let (ip, rest): (IpAddr, &[u8]) = if set.ends_with('4') {
             let (ip, rest) = key.split_first_chunk::<4>()?;
@@ -116,7 +156,8 @@ impl Element {
             return Some(Self::Vip(ip));
         }
         if set.starts_with("hairpins") {
-            return Some(Self::Hairpin(ip));
+            let element = Self::Hairpin(ip);
+            return (element.key() == key).then_some(element);
         }
         let protocol = Protocol::from_number(*rest.first()?)?;
         let port = u16::from_be_bytes(*rest.get(4..)?.first_chunk::<2>()?);
@@ -141,20 +182,43 @@ impl Elements {
         })
     }
 
-    /// Every element of our sets.
+    /// Every element of our sets, strange ones aside.
     ///
     /// # Errors
     /// [`Error`]; what is returned is complete. [`Error::is_not_found`] when
     /// the table or a set does not exist.
     pub async fn list(&self) -> Result<Vec<Element>, Error> {
-        let mut elements = Vec::new();
+        self.list_all().await.map(|(elements, _)| elements)
+    }
+
+    /// Every element of our sets, and those in them that are another's.
+    ///
+    /// # Errors
+    /// As [`Elements::list`].
+    pub async fn list_all(&self) -> Result<(Vec<Element>, Vec<Strange>), Error> {
+        let (mut elements, mut strange) = (Vec::new(), Vec::new());
         for set in SETS {
             let question = self.message(GET_ELEMENT, set, &[]);
             for answer in self.socket.dump(question).await? {
-                read(set, &answer, &mut elements)?;
+                read(set, &answer, &mut elements, &mut strange)?;
             }
         }
-        Ok(elements)
+        Ok((elements, strange))
+    }
+
+    /// Removes what is another's from our sets. What is gone already is fine.
+    ///
+    /// # Errors
+    /// The first refusal.
+    pub async fn remove_strange(&self, strange: &[Strange]) -> Result<(), Error> {
+        for one in strange {
+            let message = self.encode(DELETE_ELEMENT, one.set, vec![one.attributes()]);
+            match self.socket.transaction(vec![(message, 0)]).await {
+                Err(error) if !error.is_not_found() => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Adds elements. Those that are there already are fine. The i-th result is
@@ -247,15 +311,20 @@ impl Elements {
     }
 
     fn message(&self, kind: u16, set: &str, elements: &[Element]) -> RawMessage {
+        let keys = elements.iter().map(|element| {
+            let key = DataAttribute::Value(element.key());
+            vec![SetElementAttribute::Key(key)]
+        });
+        self.encode(kind, set, keys.collect())
+    }
+
+    fn encode(&self, kind: u16, set: &str, elements: Vec<Vec<SetElementAttribute>>) -> RawMessage {
         let mut attributes = vec![
             SetElementList::Table(self.table.clone()),
             SetElementList::Set(set.to_owned()),
         ];
         if !elements.is_empty() {
-            let elements = elements.iter().map(|element| {
-                let key = DataAttribute::Value(element.key());
-                ListAttribute::Element(vec![SetElementAttribute::Key(key)])
-            });
+            let elements = elements.into_iter().map(ListAttribute::Element);
             attributes.push(SetElementList::Elements(elements.collect()));
         }
         let attributes = attributes.as_slice();
@@ -270,23 +339,56 @@ impl Elements {
 ///
 /// The parser of `netlink-packet-netfilter` writes the whole list into the text of
 /// an error that nearly never happens, once for each element: 15 s for 30,000.
-fn read(set: &str, answer: &RawMessage, elements: &mut Vec<Element>) -> Result<(), Error> {
+fn read(
+    set: &'static str,
+    answer: &RawMessage,
+    elements: &mut Vec<Element>,
+    strange: &mut Vec<Strange>,
+) -> Result<(), Error> {
     let attributes = answer
         .body
         .get(HEADER..)
         .ok_or_else(|| Error::Decode("a set element message without its header".to_owned()))?;
     for list in nested(attributes, LIST_ELEMENTS) {
         for element in nested(list?, ELEMENT) {
-            let key = nested(element?, KEY).next().transpose()?;
-            let value = key.and_then(|key| nested(key, DATA_VALUE).next());
-            let value = value.transpose()?.unwrap_or_default();
-            let element = Element::from_key(set, value);
-            elements.push(element.ok_or_else(|| {
-                Error::Decode(format!("an element of set {set} has a key of another type"))
-            })?);
+            let element = element?;
+            let key = nested(element, KEY).next().transpose()?;
+            let Some(key) = key else {
+                let flags = nested(element, FLAGS).next().transpose()?;
+                let flags = flags.and_then(|flags| flags.try_into().ok());
+                if flags.is_none_or(|flags| u32::from_be_bytes(flags) & CATCH_ALL == 0) {
+                    return Err(malformed(set));
+                }
+                strange.push(Strange { set, key: None });
+                continue;
+            };
+            let value = nested(key, DATA_VALUE).next().transpose()?;
+            let value = value.filter(|value| value.len() == key_length(set));
+            let value = value.ok_or_else(|| malformed(set))?;
+            match Element::from_key(set, value) {
+                Some(element) => elements.push(element),
+                None => strange.push(Strange {
+                    set,
+                    key: Some(value.to_vec()),
+                }),
+            }
         }
     }
     Ok(())
+}
+
+fn malformed(set: &str) -> Error {
+    Error::Decode(format!("an element of set {set} has a key of another type"))
+}
+
+/// In bytes, as the set's type says.
+fn key_length(set: &str) -> usize {
+    let ip = if set.ends_with('4') { 4 } else { 16 };
+    match set {
+        "vips4" | "vips6" => ip,
+        "hairpins4" | "hairpins6" => 2 * ip,
+        _ => ip + 8,
+    }
 }
 
 /// Values of the attributes of a kind.
@@ -336,7 +438,7 @@ mod tests {
         let read_vips = |body: &[u8]| {
             let mut elements = Vec::new();
             let message = RawMessage::new(0, body.to_vec());
-            read("vips4", &message, &mut elements).map(|()| elements)
+            read("vips4", &message, &mut elements, &mut Vec::new()).map(|()| elements)
         };
         let ip: IpAddr = "10.96.0.10".parse().unwrap();
         assert_eq!(read_vips(&good).unwrap(), [Element::Vip(ip)]);
@@ -357,7 +459,7 @@ mod tests {
             }
         }
         let message = RawMessage::new(0, good.to_vec());
-        let error = read("frontends4", &message, &mut Vec::new()).unwrap_err();
+        let error = read("frontends4", &message, &mut Vec::new(), &mut Vec::new()).unwrap_err();
         assert!(error.to_string().contains("another type"), "{error}");
     }
 }

@@ -11,6 +11,7 @@ mod elements;
 mod inspect;
 mod ruleset;
 
-pub use elements::{Element, Elements};
+pub use elements::{Element, Elements, Strange};
 pub use inspect::{TableState, counters, generation, table};
-pub use ruleset::{RulesetError, load, remove};
+pub(crate) use ruleset::SOURCE_NAT_CHAINS;
+pub use ruleset::{RulesetError, load, load_anew, remove};

@@ -15,7 +15,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use super::counters;
+use super::{Element, counters};
 
 /// How long the program may take.
 const TIMEOUT: Duration = Duration::from_mins(1);
@@ -66,24 +66,25 @@ const CHAINS: [&str; 5] = [
     "replace-source",
 ];
 
+/// Those of them that replace sources.
+pub(crate) const SOURCE_NAT_CHAINS: [&str; 2] = ["source-nat", "replace-source"];
+
 /// Makes table, sets and chains as they should be, in one transaction. The
 /// sets keep their elements and the counters their counts; a second time
 /// changes nothing. `present` are the chains that the table has: those that
-/// another put there go.
+/// another put there go. Without `nat` the rules that replace sources stay what
+/// they are.
 ///
 /// # Errors
 /// [`RulesetError`]; nothing was changed then.
 pub async fn load(
     program: &Path,
     table: &str,
-    nat: &SourceNat,
+    nat: Option<&SourceNat>,
     present: &[String],
 ) -> Result<(), RulesetError> {
     check_name(table)?;
-    let mut ours = Ruleset::new(table);
-    ours.guard();
-    ours.source_nat(nat);
-    let mut text = ours.text;
+    let mut text = Ruleset::whole(table, nat);
     // Rules of foreign chains may refer to one another: all are emptied before the first goes.
     for verb in ["flush", "delete"] {
         for chain in present.iter().filter(|chain| !CHAINS.contains(&&***chain)) {
@@ -91,6 +92,34 @@ pub async fn load(
             // Writing to a String cannot fail.
             let _ = writeln!(text, "{verb} chain inet {table} {chain}");
         }
+    }
+    run(program, text).await
+}
+
+/// Makes the table anew, with these elements, in one transaction: for what another
+/// made of it that cannot be put right in its place, such as a set of another type,
+/// a chain at another hook, or a chain with a name that the program cannot read.
+///
+/// # Errors
+/// [`RulesetError`]; nothing was changed then.
+pub async fn load_anew(
+    program: &Path,
+    table: &str,
+    nat: &SourceNat,
+    elements: &[Element],
+) -> Result<(), RulesetError> {
+    check_name(table)?;
+    // To delete what may not be there: make it first, in the same transaction.
+    let mut text = format!("add table inet {table}\ndelete table inet {table}\n");
+    text.push_str(&Ruleset::whole(table, Some(nat)));
+    for element in elements {
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "add element inet {table} {} {{ {} }}",
+            element.set(),
+            element.text()
+        );
     }
     run(program, text).await
 }
@@ -126,6 +155,21 @@ struct Ruleset<'a> {
 }
 
 impl<'a> Ruleset<'a> {
+    fn whole(table: &'a str, nat: Option<&SourceNat>) -> String {
+        let mut ours = Self::new(table);
+        for chain in CHAINS {
+            if nat.is_some() || !SOURCE_NAT_CHAINS.contains(&chain) {
+                // Writing to a String cannot fail.
+                let _ = writeln!(ours.text, "flush chain inet {table} {chain}");
+            }
+        }
+        ours.guard();
+        if let Some(nat) = nat {
+            ours.source_nat(nat);
+        }
+        ours.text
+    }
+
     fn new(table: &'a str) -> Self {
         let mut text =
             format!("add table inet {table} {{ comment \"Ferrule: services of this node\"; }}\n");
@@ -179,9 +223,6 @@ impl<'a> Ruleset<'a> {
         }
         for chain in ["vip-without-service", "replace-source"] {
             let _ = writeln!(text, "add chain inet {table} {chain}");
-        }
-        for chain in CHAINS {
-            let _ = writeln!(text, "flush chain inet {table} {chain}");
         }
         Self { table, text }
     }
@@ -338,7 +379,8 @@ impl<'a> Ruleset<'a> {
             let devices: Vec<String> = known
                 .devices
                 .iter()
-                .map(|device| format!("{device:?}"))
+                .filter(|device| can_be_said(device))
+                .map(|device| format!("\"{device}\""))
                 .collect();
             // Ports can be said only of protocols that have them.
             for protocol in PROTOCOLS.into_iter().map(Some).chain([None]) {
@@ -381,6 +423,13 @@ const FAMILIES: [(&str, &str); 2] = [("ip", "4"), ("ip6", "6")];
 
 /// Protocols that have ports.
 const PROTOCOLS: [&str; 3] = ["tcp", "udp", "sctp"];
+
+/// Whether the program reads the name of a device as that name and no other: it
+/// knows no escapes, and a star at the end stands for more than one device. The
+/// kernel allows nearly every character.
+fn can_be_said(device: &str) -> bool {
+    !device.contains(|c: char| matches!(c, '"' | '*' | '\\') || c.is_control())
+}
 
 /// An anonymous set, if it has an element.
 fn braces<T: ToString>(elements: &[T]) -> Option<String> {

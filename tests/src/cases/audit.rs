@@ -170,6 +170,11 @@ const DAMAGES: &[Damage] = &[
         commands: &["ip link del kube-ipvs0"],
     },
     Damage {
+        what: "the VIP device renamed",
+        kind: "device",
+        commands: &["ip link set kube-ipvs0 name theirs1"],
+    },
+    Damage {
         what: "a VIP taken off its device",
         kind: "address",
         commands: &["ip addr del 10.96.0.10/32 dev kube-ipvs0"],
@@ -203,6 +208,34 @@ const DAMAGES: &[Damage] = &[
         what: "a foreign chain in our table",
         kind: "filter",
         commands: &["nft add chain inet ferrule theirs"],
+    },
+    Damage {
+        what: "a foreign chain whose name we would not choose",
+        kind: "filter",
+        commands: &["nft add chain inet ferrule their.chain"],
+    },
+    Damage {
+        what: "a chain of ours at no hook",
+        kind: "filter",
+        commands: &[
+            "nft flush chain inet ferrule guard-remote; delete chain inet ferrule guard-remote; \
+             add chain inet ferrule guard-remote",
+        ],
+    },
+    Damage {
+        what: "an element that no Service can have",
+        kind: "filter",
+        commands: &["nft add element inet ferrule frontends4 { 10.96.0.10 . icmp . 80 }"],
+    },
+    Damage {
+        what: "every address in a set of ours",
+        kind: "filter",
+        commands: &["nft add element inet ferrule vips6 { * }"],
+    },
+    Damage {
+        what: "a pair of two addresses among the hairpins",
+        kind: "filter",
+        commands: &["nft add element inet ferrule hairpins4 { 10.244.1.2 . 10.244.1.3 }"],
     },
     Damage {
         what: "a scheduler changed",

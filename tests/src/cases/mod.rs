@@ -9,6 +9,7 @@ use crate::runner::{Group, Test};
 mod audit;
 mod codec;
 mod datapath;
+mod faults;
 mod foreign;
 mod guard;
 mod library;
@@ -106,6 +107,16 @@ fn within_a_node() -> Vec<Test> {
             "status/docs-show-a-real-node",
             10,
             status::docs_show_a_real_node,
+        ),
+        ipvs(
+            "faults/other-changes-do-not-put-off-a-retry",
+            10,
+            faults::other_changes_do_not_put_off_a_retry,
+        ),
+        ipvs(
+            "faults/pods-go-on-without-a-node-object",
+            10,
+            faults::pods_go_on_without_a_node_object,
         ),
     ]
 }

@@ -19,6 +19,7 @@ use super::world;
 use crate::context::Context;
 use crate::netns;
 use crate::node::Node;
+use crate::process::Usage;
 use crate::random::{self, Random};
 use crate::wait;
 
@@ -101,20 +102,29 @@ fn walk(context: &Context, seed: u64, wanted: usize) -> anyhow::Result<()> {
             .with_context(|| format!("after {made} changes"))?;
         batches += 1;
         if batches % 10 == 0 {
-            let resident = node.usage()?.resident;
+            let Usage {
+                resident,
+                anonymous,
+                ..
+            } = node.usage()?;
             let took = start.elapsed().as_secs();
-            say(&format!("{made} changes, {took} s, {resident} KiB"))?;
+            say(&format!(
+                "{made} changes, {took} s, {resident} KiB, {anonymous} of them its own"
+            ))?;
         }
     }
     let took = start.elapsed().as_secs_f64();
     let after = walker.memory()?;
     say(&format!(
-        "{made} changes in {batches} batches, {took:.0} s, {} lines compared; memory {before} KiB, then {after} KiB",
-        walker.lines
+        "{made} changes in {batches} batches, {took:.0} s, {} lines compared; memory {} KiB, then \
+         {} KiB; of its own {} KiB, then {} KiB",
+        walker.lines, before.resident, after.resident, before.anonymous, after.anonymous
     ))?;
     ensure!(
-        after * 100 <= before * GROWN,
-        "memory grew from {before} to {after} KiB with the same objects"
+        after.resident * 100 <= before.resident * GROWN,
+        "memory grew from {} to {} KiB with the same objects",
+        before.resident,
+        after.resident
     );
     no_errors(&node)?;
     node.check_alive()?;
@@ -256,9 +266,9 @@ impl Walker<'_> {
         }
     }
 
-    /// Memory for one and the same population, in KiB: the median of a few
-    /// looks, because the agent goes on auditing.
-    fn memory(&mut self) -> anyhow::Result<u64> {
+    /// Memory for one and the same population: the median of a few looks, because
+    /// the agent goes on auditing.
+    fn memory(&mut self) -> anyhow::Result<Usage> {
         self.cluster.clear();
         self.apply().context("nothing but the node")?;
         self.cluster.fill(POPULATION);
@@ -266,9 +276,9 @@ impl Walker<'_> {
         let mut looks = Vec::new();
         for _ in 0..5 {
             thread::sleep(Duration::from_millis(200));
-            looks.push(self.node.usage()?.resident);
+            looks.push(self.node.usage()?);
         }
-        looks.sort_unstable();
+        looks.sort_unstable_by_key(|usage| usage.resident);
         Ok(looks[looks.len() / 2])
     }
 }
