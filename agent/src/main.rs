@@ -10,6 +10,7 @@ mod config;
 mod desk;
 mod leases;
 mod links;
+mod memory;
 mod metrics;
 mod plan;
 mod pods;
@@ -49,6 +50,7 @@ const UPDATES: usize = 16;
 const QUERIES: usize = 16;
 
 fn main() -> ExitCode {
+    memory::share_one_heap();
     let cli = Cli::parse();
     match cli.command {
         Command::Run(settings) => in_runtime(cli.log_format, run(settings)),

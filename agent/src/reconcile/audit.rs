@@ -17,6 +17,7 @@ use ferrule_model::service::VirtualService;
 use super::Reconciler;
 use super::difference::{Difference, filter_words};
 use super::faults::now;
+use crate::memory;
 
 /// Time between two looks at what costs little.
 pub(super) const TICK: Duration = Duration::from_secs(1);
@@ -163,6 +164,9 @@ impl Reconciler {
             return;
         }
         self.audit.begin();
+        if std::mem::take(&mut self.changed_since_rest) {
+            memory::give_back();
+        }
         if let Err(error) = self.audit_once().await {
             // What is believed may be wrong now: observe before going on.
             self.kernel = None;

@@ -66,6 +66,8 @@ pub(crate) struct Reconciler {
     pause: Duration,
     /// When the oldest change was noticed that is not in the kernel.
     pending_since: Option<Instant>,
+    /// Whether the kernel was changed since memory was given back.
+    changed_since_rest: bool,
     last_change: Option<LastChange>,
     faults: Faults,
     /// What was logged of Services and their slices, by Service.
@@ -100,6 +102,7 @@ impl Reconciler {
             retry_at: None,
             pause: RETRY.0,
             pending_since: None,
+            changed_since_rest: false,
             last_change: None,
             faults: Faults::default(),
             said: BTreeMap::new(),
@@ -446,6 +449,7 @@ impl Reconciler {
         for change in &applied.held_back {
             self.waiting.insert_change(change);
         }
+        self.changed_since_rest |= !applied.done.is_empty();
         if !applied.done.is_empty() {
             // What still waits has a fault that says since when.
             let seen = self.pending_since.take().unwrap_or(start);

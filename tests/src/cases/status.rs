@@ -15,7 +15,7 @@ use crate::netns::Netns;
 use crate::node::{Node, manifest};
 use crate::pod::Pod;
 use crate::sock::{Outcome, Request, SILENCE, Transport};
-use crate::{golden, wait};
+use crate::{dump, golden, wait};
 
 /// Units behind which a number is a span of time, and words that follow a count.
 const UNITS: [&str; 6] = ["µs", "ms", "s", "min", "h", "d"];
@@ -58,6 +58,10 @@ pub(super) fn docs_show_a_real_node(context: &mut Context) -> anyhow::Result<()>
         &[("InternalIP", "192.0.2.1"), ("InternalIP", "2001:db8::1")],
     );
     node.write_manifest("node.yaml", &small)?;
+    wait::until_ok("the VIPs of three Services", wait::SETTLED, || {
+        ensure!(dump::vips(node.netns())?.len() == 6);
+        Ok(())
+    })?;
     node.netns()
         .output("ip", &["link", "delete", "kube-ipvs0"])?;
     let mut pods = Vec::new();
