@@ -4,11 +4,13 @@
 //! default. A field that is not known is an error, because a setting that
 //! silently does nothing is worse than an agent that does not start.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use ferrule_model::network::{NodePortAddresses, Policy, parse_network};
 use ipnetwork::IpNetwork;
-use serde::Deserialize;
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer};
 
 use crate::source::document;
 
@@ -75,10 +77,37 @@ struct File {
     non_masquerade_cidrs: Option<Vec<String>>,
     #[serde(default)]
     masquerade_all: Option<bool>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "range_text")]
     node_port_range: Option<String>,
     #[serde(default)]
     audit_budget_percent: Option<f64>,
+}
+
+/// A text, with an error that says what a range looks like.
+fn range_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    deserializer.deserialize_option(RangeText)
+}
+
+struct RangeText;
+
+impl<'de> Visitor<'de> for RangeText {
+    type Value = Option<String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a range of ports, such as 30000-32767")
+    }
+
+    fn visit_none<E>(self) -> Result<Option<String>, E> {
+        Ok(None)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<String>, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Option<String>, E> {
+        Ok(Some(text.to_owned()))
+    }
 }
 
 impl Config {
@@ -101,7 +130,7 @@ impl Config {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let file: Option<File> = document::typed(text, None).map_err(|error| error.to_string())?;
+        let file: Option<File> = document::typed(text).map_err(|error| error.to_string())?;
         let file = file.unwrap_or_default();
         for (field, value, expected) in [
             ("apiVersion", &file.api_version, API_VERSION),

@@ -56,7 +56,7 @@ pub(crate) struct PlanSettings {
     #[arg(long, value_name = "DIR")]
     pub(crate) manifests: PathBuf,
     /// Name of the node.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = node_name)]
     pub(crate) node: String,
     /// Configuration file of the agent.
     #[arg(long, value_name = "FILE")]
@@ -85,7 +85,7 @@ pub(crate) struct RunSettings {
     #[arg(long, value_name = "DIR")]
     pub(crate) manifests: PathBuf,
     /// Name of this node, as its Node object has it.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = node_name)]
     pub(crate) node: String,
     /// Configuration file; without one everything has its default (docs/configuration.md).
     #[arg(long, value_name = "FILE")]
@@ -195,6 +195,13 @@ pub(crate) struct NodeSettings {
 /// Where something is served, if anywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListenAddress(pub(crate) Option<SocketAddr>);
+
+fn node_name(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() {
+        return Err("give the name of the Node object, as `kubectl get nodes` shows it".to_owned());
+    }
+    Ok(text.to_owned())
+}
 
 fn listen_address(text: &str) -> Result<ListenAddress, String> {
     if text == "none" {

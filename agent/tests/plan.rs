@@ -183,12 +183,13 @@ fn documents() -> Vec<String> {
     files.sort();
     for path in files {
         for text in fs::read_to_string(path).unwrap().split("\n---\n") {
-            let value: Option<Value> = serde_saphyr::from_str(text).unwrap();
-            // The items of a list are objects of their own.
-            let (value, text) = match value {
-                Some(value) => (value, text.to_owned()),
-                None => continue,
+            // What JSON cannot hold cannot be written as JSON below: a field that stands
+            // twice, and `.nan`.
+            let Ok(Some(value)) = serde_saphyr::from_str::<Option<Value>>(text) else {
+                continue;
             };
+            let text = text.to_owned();
+            // The items of a list are objects of their own.
             let items = value["items"].as_array();
             let single = vec![value.clone()];
             for item in items.unwrap_or(&single) {
@@ -326,7 +327,7 @@ fn a_file_that_cannot_be_read_is_1_and_the_rest_is_planned() {
         ),
         (
             "broken/object.yaml",
-            "\n\napiVersion: v1\nkind: Service\nmetadata: {name: y}\nspec: {ports: [{port: no}]}\n",
+            "\n\napiVersion: v1\nkind: Service\nmetadata: {name: object}\nspec: {ports: [{port: no}]}\n",
         ),
     ]);
     let manifests = dir.path().join("manifests");
@@ -344,14 +345,14 @@ fn a_file_that_cannot_be_read_is_1_and_the_rest_is_planned() {
     assert_eq!(services, ["default/half", "default/web", "default/web"]);
     let conditions = json["conditions"].as_array().unwrap();
     assert_eq!(conditions.len(), 1, "{json}");
-    assert_eq!(conditions[0]["object"], "Service default/y");
+    assert_eq!(conditions[0]["object"], "Service default/object");
     expect![[r"
-        ferrule-agent plan: manifests/broken/half.yaml: line 7: mapping values are not allowed in this context
-        ferrule-agent plan: manifests/broken/object.yaml: line 6: Service default/y: spec.ports[0].port: invalid i64
-        ferrule-agent plan: manifests/broken/syntax.yaml: line 4: while parsing a flow mapping, did not find expected ',' or '}'
+        ferrule-agent plan: manifests/broken/half.yaml: line 7: mapping values are not allowed in this context; correct the YAML of this line or of those above it
+        ferrule-agent plan: manifests/broken/object.yaml: line 6: Service default/object: spec.ports[0].port: is the boolean false; write a port number from 1 to 65535, without quotes
+        ferrule-agent plan: manifests/broken/syntax.yaml: line 4: while parsing a flow mapping, did not find expected ',' or '}'; correct the YAML of this line or of those above it
         ferrule-agent plan: manifests/latin1.yaml: line 2: is not UTF-8; write the file in UTF-8
-        ferrule-agent plan: manifests/link.yaml: cannot be read: No such file or directory (os error 2)
-        ferrule-agent plan: manifests/loop.yaml: cannot be read: Too many levels of symbolic links (os error 40)
+        ferrule-agent plan: manifests/link.yaml: is a link that leads to no file: No such file or directory (os error 2); correct the link, or remove it
+        ferrule-agent plan: manifests/loop.yaml: is a link that leads to no file: Too many levels of symbolic links (os error 40); correct the link, or remove it
     "]].assert_eq(stderr(&output));
 }
 
@@ -368,7 +369,15 @@ fn wrong_usage_is_2_and_names_the_remedy() {
     );
     let node = ["--node", "node-a"];
     let here = ["--manifests", "manifests"];
-    let cases: [(&[&[&str]], Expect); 8] = [
+    let cases: [(&[&[&str]], Expect); 9] = [
+        (
+            &[&here, &["--node", ""]],
+            expect![[r"
+            error: invalid value '' for '--node <NAME>': give the name of the Node object, as `kubectl get nodes` shows it
+
+            For more information, try '--help'.
+        "]],
+        ),
         (
             &[&here],
             expect![[r"

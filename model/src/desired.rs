@@ -20,6 +20,8 @@ use crate::kube::{
 use crate::names::ObjectName;
 use crate::network::NodeFacts;
 use crate::service::{Scheduling, VirtualService};
+use crate::time::Timestamp;
+use crate::unsupported::{note_hints, note_unsupported, unsupported};
 
 /// Weight of every real server.
 const WEIGHT: u32 = 1;
@@ -134,7 +136,7 @@ struct ServicePlan {
 /// Age of a Service; one without a time stamp counts as younger than any with one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Created {
-    At(String),
+    At(Timestamp),
     #[default]
     Unknown,
 }
@@ -414,7 +416,7 @@ impl Claim {
     }
 }
 
-fn condition(service: &ObjectName, reason: Reason, message: String) -> Condition {
+pub(crate) fn condition(service: &ObjectName, reason: Reason, message: String) -> Condition {
     Condition {
         object: ObjectKey {
             kind: Kind::Service,
@@ -461,7 +463,6 @@ impl Planner<'_> {
             created: service
                 .metadata
                 .creation_timestamp
-                .clone()
                 .map_or(Created::Unknown, Created::At),
             ..ServicePlan::default()
         };
@@ -469,21 +470,10 @@ impl Planner<'_> {
             return plan;
         }
         note_unsupported(self.name, service, &mut plan.conditions);
-        let hinted = self.cluster.slices_of(self.name).any(|slice| {
-            let hints = slice.endpoints.iter().map(|endpoint| endpoint.hints);
-            hints
-                .into_iter()
-                .any(|hints| hints.for_zones || hints.for_nodes)
-        });
-        if hinted {
-            plan.conditions.push(unsupported(
-                self.name,
-                "endpoints[].hints",
-                "endpoints of all zones and nodes are used",
-            ));
-        }
         let vips = cluster_ips(self.name, &service.spec, &mut plan.conditions);
         let families: BTreeSet<Family> = vips.iter().map(|ip| Family::of(*ip)).collect();
+        let slices = self.cluster.slices_of(self.name);
+        note_hints(self.name, slices, &families, &mut plan.conditions);
         let vips = self.without_own(vips, &mut plan.conditions);
         for port in &service.spec.ports {
             if port.port == 0 {
@@ -652,66 +642,4 @@ fn cluster_ips(
         }
     }
     vips
-}
-
-fn unsupported(name: &ObjectName, field: &str, effect: &str) -> Condition {
-    let message = format!(
-        "{field}: {effect} by this version; the rest of the Service is served, do without the field \
-         or give the Service to another proxy"
-    );
-    condition(name, Reason::Unsupported, message)
-}
-
-/// Says which parts of a Service this version leaves out; the rest of it is served all the same.
-fn note_unsupported(name: &ObjectName, service: &Service, conditions: &mut Vec<Condition>) {
-    let spec = &service.spec;
-    let mut note = |field: &str, effect: &str| conditions.push(unsupported(name, field, effect));
-    for annotation in service.metadata.annotations.keys() {
-        note(
-            &format!("metadata.annotations[{annotation}]"),
-            "connections are spread round robin",
-        );
-    }
-    if !spec.external_ips.is_empty() {
-        note("spec.externalIPs", "external addresses are not served");
-    }
-    let ingress = &service.status.load_balancer.ingress;
-    if ingress
-        .iter()
-        .any(|entry| !entry.ip.is_empty() && entry.ip_mode != "Proxy")
-    {
-        note(
-            "status.loadBalancer.ingress",
-            "load-balancer addresses are not served",
-        );
-    }
-    if !spec.load_balancer_source_ranges.is_empty() {
-        note(
-            "spec.loadBalancerSourceRanges",
-            "clients are not told apart by their address",
-        );
-    }
-    if spec.session_affinity == "ClientIP" {
-        note(
-            "spec.sessionAffinity",
-            "connections are spread without affinity",
-        );
-    }
-    if spec.internal_traffic_policy == "Local" {
-        note(
-            "spec.internalTrafficPolicy",
-            "endpoints of all nodes are used",
-        );
-    }
-    let external = spec.service_type == ServiceType::NodePort
-        || spec.service_type == ServiceType::LoadBalancer;
-    if external && spec.external_traffic_policy == "Local" {
-        note(
-            "spec.externalTrafficPolicy",
-            "endpoints of all nodes are used, and the client's address is replaced",
-        );
-        if spec.health_check_node_port != 0 {
-            note("spec.healthCheckNodePort", "health checks are not answered");
-        }
-    }
 }

@@ -74,7 +74,8 @@ pub fn choose<'a>(
     known
 }
 
-fn counts(slice: &EndpointSlice, family: Family) -> bool {
+/// Whether the endpoints of a slice are used for a family.
+pub(crate) fn counts(slice: &EndpointSlice, family: Family) -> bool {
     let same_family = matches!(
         (slice.address_type, family),
         (AddressType::IPv4, Family::IPv4) | (AddressType::IPv6, Family::IPv6)

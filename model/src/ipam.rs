@@ -15,6 +15,7 @@ use ipnetwork::IpNetwork;
 
 use crate::address::Family;
 use crate::names::Attachment;
+use crate::network::parse_network;
 
 /// Most addresses that one pod range offers, whatever its prefix length; bounds
 /// what the ledger remembers. No node runs as many pods.
@@ -48,9 +49,7 @@ impl PodRange {
     /// # Errors
     /// [`RangeError`], without the name of the Node.
     pub fn parse(text: &str) -> Result<Self, RangeError> {
-        let network: IpNetwork = text
-            .parse()
-            .map_err(|_| RangeError::NotCidr(text.to_owned()))?;
+        let network = parse_network(text).map_err(|_| RangeError::NotCidr(text.to_owned()))?;
         let host_bits = Family::of(network.ip()).bits() - network.prefix();
         let size = if host_bits >= 16 {
             MAX_POOL
@@ -62,8 +61,6 @@ impl PodRange {
         if end <= FIRST_OFFSET {
             return Err(RangeError::TooSmall(network));
         }
-        let network = IpNetwork::new(network.network(), network.prefix())
-            .map_err(|_| RangeError::NotCidr(text.to_owned()))?;
         Ok(Self { network, end })
     }
 

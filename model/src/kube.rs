@@ -8,11 +8,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::de::Error as _;
+use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::address::Protocol;
 use crate::names::ObjectName;
+use crate::time::Timestamp;
 
 /// Label that ties an EndpointSlice to its Service.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -34,12 +35,53 @@ where
 
 /// A port, with an error that says what one looks like; `null` is 0, the API's "none".
 fn port_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
-    let number = Option::<i64>::deserialize(deserializer)?.unwrap_or_default();
-    u16::try_from(number).map_err(|_| {
-        D::Error::custom(format!(
-            "{number} is not a port number; give one from 1 to 65535"
-        ))
-    })
+    optional_port(deserializer).map(Option::unwrap_or_default)
+}
+
+/// Likewise, where 0 and `null` differ.
+fn optional_port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Error> {
+    deserializer.deserialize_option(PortNumber)
+}
+
+struct PortNumber;
+
+impl PortNumber {
+    fn check<N, E>(number: N) -> Result<Option<u16>, E>
+    where
+        N: Copy + fmt::Display,
+        u16: TryFrom<N>,
+        E: de::Error,
+    {
+        u16::try_from(number).map(Some).map_err(|_| {
+            E::custom(format!(
+                "{number} is not a port number; give one from 1 to 65535"
+            ))
+        })
+    }
+}
+
+impl<'de> Visitor<'de> for PortNumber {
+    type Value = Option<u16>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a port number from 1 to 65535, without quotes")
+    }
+
+    fn visit_none<E>(self) -> Result<Option<u16>, E> {
+        Ok(None)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<u16>, D::Error> {
+        deserializer.deserialize_i64(self)
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Option<u16>, E> {
+        Self::check(number)
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Option<u16>, E> {
+        Self::check(number)
+    }
 }
 
 /// Annotations by which a Service chooses a scheduler: kube-router's and our own.
@@ -88,9 +130,9 @@ pub struct ObjectMeta {
     /// Annotations that we read, and no others.
     #[serde(default, deserialize_with = "known_annotations")]
     pub annotations: BTreeMap<String, String>,
-    /// RFC 3339 in UTC, as the API writes it; sorts as text.
+    /// When the object was made.
     #[serde(default)]
-    pub creation_timestamp: Option<String>,
+    pub creation_timestamp: Option<Timestamp>,
 }
 
 impl ObjectMeta {
@@ -335,7 +377,7 @@ pub struct EndpointPort {
     #[serde(default, deserialize_with = "null_is_default")]
     pub protocol: Protocol,
     /// `None` means "all ports", which gives a service port no backend.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_port")]
     pub port: Option<u16>,
 }
 
@@ -463,6 +505,13 @@ impl Kind {
             }
             _ => None,
         }
+    }
+
+    /// The kind of the items of a list of one kind, such as `ServiceList`; the
+    /// API server writes no kind into each of them.
+    #[must_use]
+    pub fn of_list(api_version: &str, kind: &str) -> Option<Self> {
+        Self::from_type_meta(api_version, kind.strip_suffix("List")?)
     }
 }
 

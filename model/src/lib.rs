@@ -25,4 +25,6 @@ pub mod plan;
 pub mod routes;
 pub mod service;
 pub mod source_nat;
+pub mod time;
+mod unsupported;
 pub mod view;

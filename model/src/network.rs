@@ -190,10 +190,12 @@ pub fn outermost(networks: &BTreeSet<IpNetwork>, family: Family) -> Vec<IpNetwor
 /// What is wrong with the text, in words.
 pub fn parse_network(text: &str) -> Result<IpNetwork, String> {
     let wrong = || format!("{text:?} is not a network in CIDR notation, such as 10.244.0.0/16");
-    let network: IpNetwork = text.trim().parse().map_err(|_| wrong())?;
-    if !text.contains('/') {
+    // The parser takes a lone address, and a netmask behind the slash, too.
+    let (_, prefix) = text.trim().split_once('/').ok_or_else(wrong)?;
+    if !prefix.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(wrong());
     }
+    let network: IpNetwork = text.trim().parse().map_err(|_| wrong())?;
     if let IpAddr::V6(ip) = network.ip()
         && ip.to_ipv4_mapped().is_some()
     {
@@ -464,8 +466,17 @@ mod tests {
             parse_network("10.244.3.7/16").unwrap().to_string(),
             "10.244.0.0/16"
         );
-        for bad in ["10.0.0.1", "10.0.0.0/33", "x", "", "::ffff:10.0.0.0/104"] {
+        for bad in [
+            "10.0.0.1",
+            "10.0.0.0/33",
+            "10.0.0.0/255.0.0.0",
+            "10.0.0.0/+8",
+            "x",
+            "",
+            "::ffff:10.0.0.0/104",
+        ] {
             assert!(parse_network(bad).is_err(), "{bad}");
+            assert!(PodRange::parse(bad).is_err(), "{bad}");
         }
     }
 

@@ -102,6 +102,10 @@ pub struct ConditionRow {
     pub object: String,
     /// In CamelCase; never changes.
     pub reason: String,
+    /// Line of the file that the object is told by, where it has no name; 0 for all
+    /// others. It stands in the message, too, and is here for the order of lines.
+    #[serde(skip)]
+    pub line: u64,
     /// Names the field and the remedy.
     pub message: String,
 }
@@ -111,6 +115,7 @@ impl From<&Condition> for ConditionRow {
         Self {
             object: condition.object.to_string(),
             reason: condition.reason.to_string(),
+            line: 0,
             message: condition.message.clone(),
         }
     }

@@ -21,6 +21,7 @@ use ferrule_model::names::ObjectName;
 use ferrule_model::network::NodeFacts;
 use ferrule_model::observed::Observed;
 use ferrule_model::service::{Scheduler, Scheduling, VirtualService};
+use ferrule_model::time::Timestamp;
 use proptest::prelude::*;
 
 /// Few addresses and names, so that they collide often.
@@ -65,7 +66,9 @@ fn service() -> impl Strategy<Value = Event> {
             Event::Applied(Box::new(Object::Service(Service {
                 metadata: ObjectMeta {
                     name: format!("s{name}"),
-                    creation_timestamp: age.map(|age| format!("2026-01-0{}T00:00:00Z", age + 1)),
+                    creation_timestamp: age.and_then(|age| {
+                        Timestamp::parse(&format!("2026-01-0{}T00:00:00Z", age + 1))
+                    }),
                     ..ObjectMeta::default()
                 },
                 spec: ServiceSpec {

@@ -18,6 +18,7 @@ use ferrule_model::kube::{
     ObjectMeta, PROXY_NAME_LABEL, SERVICE_NAME_LABEL, Service, ServicePort, ServiceSpec,
     ServiceType,
 };
+use ferrule_model::time::Timestamp;
 
 fn service(name: &str, ips: &[&str]) -> Service {
     Service {
@@ -257,7 +258,8 @@ fn what_is_none_of_our_business_holds_nothing() {
 fn the_older_service_holds_an_address_and_then_the_first_by_name() {
     let aged = |name: &str, day: u8| {
         let mut service = service(name, &["10.96.0.10"]);
-        service.metadata.creation_timestamp = Some(format!("2026-01-0{day}T00:00:00Z"));
+        service.metadata.creation_timestamp =
+            Timestamp::parse(&format!("2026-01-0{day}T00:00:00Z"));
         Object::Service(service)
     };
     check(

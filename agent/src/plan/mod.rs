@@ -115,25 +115,34 @@ pub(crate) fn conditions(report: &Report, folder: &Path) -> Vec<ConditionRow> {
     };
     let broken = report.problems.iter().filter(|(_, problem)| !problem.fatal);
     let broken = broken.map(|(path, problem)| {
-        let (object, message) = match &problem.object {
-            Some(object) => (object.to_string(), &problem.about_field),
+        let (object, line, message) = match &problem.object {
+            Some(object) => (object.to_string(), 0, &problem.about_field),
             // Nothing but the place says which document it is.
-            None => (format!("File {}", name(path)), &problem.words),
+            None => (format!("File {}", name(path)), problem.line, &problem.words),
         };
         ConditionRow {
             object,
             reason: Reason::InvalidObject.to_string(),
-            message: format!("{message}; correct the field"),
+            line,
+            message: message.clone(),
         }
     });
     let repeated = report.repeated.iter().map(|(key, path)| ConditionRow {
         object: key.to_string(),
         reason: Reason::DuplicateObject.to_string(),
-        message: format!(
-            "metadata.name: the object is defined more than once, the last definition in path \
-             order counts, in {}; remove the others",
-            name(path)
-        ),
+        line: 0,
+        message: match path {
+            Some(path) => format!(
+                "metadata.name: the object is defined more than once, the last definition in path \
+                 order that can be read counts, in {}; remove the others",
+                name(path)
+            ),
+            None => {
+                "metadata.name: the object is defined more than once, and no definition can be \
+                     read; remove all but one"
+                    .to_owned()
+            }
+        },
     });
     broken.chain(repeated).collect()
 }

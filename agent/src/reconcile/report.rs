@@ -143,7 +143,7 @@ impl Source {
         for (path, problem) in &self.report.problems {
             problems.push((
                 format!("file {}", path.display()),
-                format!("{}; its last good state stays in use", problem.words),
+                format!("{}; {}", problem.words, problem.effect()),
                 "correct the file, or remove it".to_owned(),
             ));
         }

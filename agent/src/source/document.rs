@@ -3,26 +3,21 @@
 //! Documents are told apart before they are parsed, so that a mistake in one
 //! does not take the others of its file along.
 
-use std::fmt;
+use std::{fmt, io, thread};
 
 use ferrule_model::kube::{Kind, Object, ObjectKey, namespace};
 use ferrule_model::names::ObjectName;
-use serde::Deserialize;
-use serde::de::{DeserializeOwned, IgnoredAny};
-use serde_saphyr::{Options, UserMessageFormatter, options};
+use serde::de::DeserializeOwned;
 
-/// Most nodes and parser events of one document. The parser's own limit would
-/// refuse a `kind: List` of a few thousand objects; the size of a file is
-/// bounded already, and aliases, which are what can blow a document up, keep
-/// the parser's limits.
-const MAX_NODES: usize = 64 * 1024 * 1024;
+use super::yaml::{Mistake, Node, STACK};
 
 /// What is wrong with one document.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct DocumentError {
     /// Line in the file, from 1.
     pub(crate) line: u64,
-    /// The object, where its kind and name could be read.
+    /// The object, where its kind and name could be read. Where `syntax` is set,
+    /// that is a guess.
     pub(crate) object: Option<Box<ObjectKey>>,
     /// Place within a `kind: List`, such as `items[3]`; empty outside of one.
     pub(crate) item: String,
@@ -46,6 +41,11 @@ impl DocumentError {
         self.at(item)
     }
 
+    /// The object that the document defines, where that is sure.
+    pub(crate) fn definition(&self) -> Option<&ObjectKey> {
+        self.object.as_deref().filter(|_| !self.syntax)
+    }
+
     fn at(&self, item: &str) -> String {
         let path: Vec<&str> = [item, &self.field]
             .into_iter()
@@ -55,6 +55,17 @@ impl DocumentError {
             self.message.clone()
         } else {
             format!("{}: {}", path.join("."), self.message)
+        }
+    }
+}
+
+impl From<Mistake> for DocumentError {
+    fn from(mistake: Mistake) -> Self {
+        Self {
+            line: mistake.line,
+            field: mistake.field,
+            message: mistake.message,
+            ..Self::default()
         }
     }
 }
@@ -78,36 +89,27 @@ pub(crate) struct Parsed {
     pub(crate) errors: Vec<DocumentError>,
 }
 
-/// What tells an object from others. Every value may be null or absent: most
-/// documents are none of our business, whatever stands in them.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct TypeMeta {
-    #[serde(default)]
-    api_version: Option<String>,
-    #[serde(default)]
-    kind: Option<String>,
-    #[serde(default)]
-    metadata: Option<NameOnly>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-struct NameOnly {
-    #[serde(default)]
-    name: Option<String>,
-    #[serde(default)]
-    namespace: Option<String>,
-}
-
-/// The items of a `kind: List`, each as a document of its own.
-#[derive(Debug, Deserialize)]
-struct List<T> {
-    #[serde(default)]
-    items: Option<Vec<T>>,
-}
-
-/// Parses a whole file of YAML or JSON.
+/// Parses a whole file of YAML or JSON, on a thread whose stack is large enough.
 pub(crate) fn parse(text: &str) -> Parsed {
+    let parsed = thread::scope(|scope| {
+        let thread = thread::Builder::new().stack_size(STACK);
+        let reader = thread.spawn_scoped(scope, || parse_here(text))?;
+        reader
+            .join()
+            .map_err(|_| io::Error::other("its reader panicked"))
+    });
+    parsed.unwrap_or_else(|error| Parsed {
+        objects: Vec::new(),
+        errors: vec![DocumentError {
+            line: 1,
+            message: format!("cannot be read: {error}; give the agent room for another thread"),
+            syntax: true,
+            ..DocumentError::default()
+        }],
+    })
+}
+
+fn parse_here(text: &str) -> Parsed {
     let mut parsed = Parsed::default();
     // An editor's byte order mark would hide a `---` behind it.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -156,77 +158,42 @@ fn is_blank(document: &str) -> bool {
 
 fn parse_document(document: &str) -> Parsed {
     let mut parsed = Parsed::default();
-    if let Err(error) = parse_into(document, &mut parsed) {
+    match Node::read(document) {
+        Ok(node) => take(&node, None, &mut parsed),
+        Err(mistake) => parsed.errors.push(DocumentError {
+            object: named_above(document, mistake.line).map(Box::new),
+            syntax: true,
+            ..DocumentError::from(mistake)
+        }),
+    }
+    parsed
+}
+
+/// Takes in a document or an item of a list, which may have its kind from there.
+fn take(node: &Node, of_list: Option<Kind>, parsed: &mut Parsed) {
+    // Nothing is no mistake: templates often leave it behind.
+    if node.is_null() {
+        return;
+    }
+    let taken = match identity(node, of_list) {
+        Ok(Identity::Object(key)) => object(node, &key).map(|object| parsed.objects.push(object)),
+        Ok(Identity::List(kind)) => take_items(node, kind, parsed),
+        Ok(Identity::Foreign) => Ok(()),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = taken {
         parsed.errors.push(error);
     }
-    parsed
 }
 
-fn parse_into(document: &str, parsed: &mut Parsed) -> Result<(), DocumentError> {
-    let meta: TypeMeta = typed(document, None).map_err(|error| DocumentError {
-        message: if error.syntax || !error.field.is_empty() {
-            error.message
-        } else {
-            "is no Kubernetes object; write a mapping with apiVersion and kind".to_owned()
-        },
-        ..error
-    })?;
-    let kind = meta.kind.unwrap_or_default();
-    let api_version = meta.api_version.unwrap_or_default();
-    for (field, value) in [("kind", &kind), ("apiVersion", &api_version)] {
-        if value.is_empty() {
-            return Err(DocumentError {
-                line: 1,
-                field: field.to_owned(),
-                message: "is missing; every Kubernetes object has it".to_owned(),
-                ..DocumentError::default()
-            });
-        }
-    }
-    if kind == "List" && api_version == "v1" {
-        return parse_list(document, parsed);
-    }
-    // Other kinds and API groups are none of our business.
-    let Some(kind) = Kind::from_type_meta(&api_version, &kind) else {
-        return Ok(());
-    };
-    let key = key_of(kind, meta.metadata.unwrap_or_default())?;
-    parsed
-        .objects
-        .push(typed_object(kind, document, Some(&key))?);
-    Ok(())
-}
-
-fn key_of(kind: Kind, metadata: NameOnly) -> Result<ObjectKey, DocumentError> {
-    let name = metadata.name.unwrap_or_default();
-    if name.is_empty() {
-        return Err(DocumentError {
-            line: 1,
-            field: "metadata.name".to_owned(),
-            message: format!("is missing in a {kind}"),
-            ..DocumentError::default()
-        });
-    }
-    let namespace = match kind {
-        Kind::Node | Kind::ServiceCidr => "",
-        Kind::Service | Kind::EndpointSlice => namespace(metadata.namespace.as_deref()),
-    };
-    Ok(ObjectKey {
-        kind,
-        name: ObjectName::new(namespace, name),
-    })
-}
-
-/// A list's items are written out again, one by one, so that a mistake in one
-/// of them leaves the others alone; the line is then that of the list.
-fn parse_list(document: &str, parsed: &mut Parsed) -> Result<(), DocumentError> {
-    let list: List<serde_json::Value> = typed(document, None)?;
-    for (index, item) in list.items.unwrap_or_default().iter().enumerate() {
-        let of_item = parse_document(&item.to_string());
+/// Each item by itself, so that a mistake in one of them leaves the others alone.
+fn take_items(node: &Node, kind: Option<Kind>, parsed: &mut Parsed) -> Result<(), DocumentError> {
+    for (index, item) in node.items()?.iter().enumerate() {
+        let mut of_item = Parsed::default();
+        take(item, kind, &mut of_item);
         parsed.objects.extend(of_item.objects);
         let errors = of_item.errors.into_iter();
         parsed.errors.extend(errors.map(|error| DocumentError {
-            line: 1,
             item: if error.item.is_empty() {
                 format!("items[{index}]")
             } else {
@@ -238,177 +205,123 @@ fn parse_list(document: &str, parsed: &mut Parsed) -> Result<(), DocumentError> 
     Ok(())
 }
 
-fn typed_object(
-    kind: Kind,
-    document: &str,
-    key: Option<&ObjectKey>,
-) -> Result<Object, DocumentError> {
-    Ok(match kind {
-        Kind::Service => Object::Service(typed(document, key)?),
-        Kind::EndpointSlice => Object::EndpointSlice(typed(document, key)?),
-        Kind::Node => Object::Node(typed(document, key)?),
-        Kind::ServiceCidr => Object::ServiceCidr(typed(document, key)?),
+/// What a document is.
+enum Identity {
+    Object(ObjectKey),
+    /// Of the kind that its items need not name, where it is such a list.
+    List(Option<Kind>),
+    /// Other kinds and API groups are none of our business, whatever stands in them.
+    Foreign,
+}
+
+fn identity(node: &Node, of_list: Option<Kind>) -> Result<Identity, DocumentError> {
+    let wrong = |field: &str, message: &str| DocumentError {
+        line: node.line,
+        field: field.to_owned(),
+        message: message.to_owned(),
+        ..DocumentError::default()
+    };
+    if !node.is_map() {
+        let message = "is no Kubernetes object; write a mapping with apiVersion and kind";
+        return Err(wrong("", message));
+    }
+    let kind = node.text("kind", "kind")?;
+    let api_version = node.text("apiVersion", "apiVersion")?;
+    if let Some(kind_of_list) = of_list
+        && kind.is_empty()
+    {
+        return Ok(Identity::Object(key_of(kind_of_list, node)?));
+    }
+    for (field, value) in [("kind", &kind), ("apiVersion", &api_version)] {
+        if value.is_empty() {
+            let message = "is missing; add it, every Kubernetes object has it";
+            return Err(wrong(field, message));
+        }
+    }
+    if kind == "List" && api_version == "v1" {
+        return Ok(Identity::List(None));
+    }
+    if let Some(kind) = Kind::of_list(&api_version, &kind) {
+        return Ok(Identity::List(Some(kind)));
+    }
+    match Kind::from_type_meta(&api_version, &kind) {
+        Some(kind) => Ok(Identity::Object(key_of(kind, node)?)),
+        None => Ok(Identity::Foreign),
+    }
+}
+
+fn key_of(kind: Kind, node: &Node) -> Result<ObjectKey, DocumentError> {
+    let metadata = node.field("metadata")?;
+    let text = |field: &str, path: &str| match metadata {
+        Some(metadata) => metadata.text(field, path),
+        None => Ok(String::new()),
+    };
+    let name = text("name", "metadata.name")?;
+    if name.is_empty() {
+        return Err(DocumentError {
+            line: node.line,
+            field: "metadata.name".to_owned(),
+            message: format!("is missing in a {kind}; add it"),
+            ..DocumentError::default()
+        });
+    }
+    let written = text("namespace", "metadata.namespace")?;
+    let namespace = match kind {
+        Kind::Node | Kind::ServiceCidr => "",
+        Kind::Service | Kind::EndpointSlice => namespace(Some(&written)),
+    };
+    Ok(ObjectKey {
+        kind,
+        name: ObjectName::new(namespace, name),
     })
 }
 
-fn parser_options() -> Options {
-    options! {
-        budget: serde_saphyr::budget! {
-            max_events: 2 * MAX_NODES,
-            max_nodes: MAX_NODES,
-        },
+fn object(node: &Node, key: &ObjectKey) -> Result<Object, DocumentError> {
+    let object = match key.kind {
+        Kind::Service => node.convert().map(Object::Service),
+        Kind::EndpointSlice => node.convert().map(Object::EndpointSlice),
+        Kind::Node => node.convert().map(Object::Node),
+        Kind::ServiceCidr => node.convert().map(Object::ServiceCidr),
+    };
+    object.map_err(|mistake| DocumentError {
+        object: Some(Box::new(key.clone())),
+        ..DocumentError::from(mistake)
+    })
+}
+
+/// The object in whose text `line` stands, as far as what stands above tells.
+fn named_above(document: &str, line: u64) -> Option<ObjectKey> {
+    let lines: Vec<&str> = document.split_inclusive('\n').collect();
+    let count = usize::try_from(line).ok()?.checked_sub(1)?;
+    let above = lines.get(..count)?;
+    let node = Node::read(&above.concat()).ok()?;
+    match identity(&node, None).ok()? {
+        Identity::Object(key) => Some(key),
+        Identity::List(kind) => {
+            let item = node.items().ok()?.last()?;
+            // A line that is indented no more than the last item begins another one.
+            let first = usize::try_from(item.line).ok()?.checked_sub(1)?;
+            let within = indentation(lines.get(count)?) > indentation(lines.get(first)?);
+            match identity(item, kind).ok()? {
+                Identity::Object(key) if within => Some(key),
+                Identity::Object(_) | Identity::List(_) | Identity::Foreign => None,
+            }
+        }
+        Identity::Foreign => None,
     }
+}
+
+fn indentation(line: &str) -> usize {
+    line.len() - line.trim_start_matches(' ').len()
 }
 
 /// One document as a value; what is wrong with it has its line and field.
 ///
 /// # Errors
-/// When it is no YAML or no `T`; `key` is the object that is named then.
-pub(crate) fn typed<T: DeserializeOwned>(
-    document: &str,
-    key: Option<&ObjectKey>,
-) -> Result<T, DocumentError> {
-    let mut field = String::new();
-    let result = serde_saphyr::with_deserializer_from_str_with_options(
-        document,
-        parser_options(),
-        |deserializer| {
-            serde_path_to_error::deserialize(deserializer).map_err(|error| {
-                let path = error.path().to_string();
-                field = if path == "." { String::new() } else { path };
-                error.into_inner()
-            })
-        },
-    );
-    result.map_err(|error: serde_saphyr::Error| {
-        let error = error.without_snippet();
-        // The parser's other words tell a programmer which of its options to set.
-        let text = error.render_with_formatter(&UserMessageFormatter);
-        // The parser's words end with the place within the document, which is told apart already.
-        let words = text.lines().next().unwrap_or_default();
-        let words = words
-            .split_once(" at line ")
-            .map_or(words, |(words, _)| words);
-        let anything: Result<IgnoredAny, serde_saphyr::Error> =
-            serde_saphyr::from_str_with_options(document, parser_options());
-        let syntax = anything.is_err();
-        DocumentError {
-            line: error.location().map_or(1, |location| location.line()),
-            object: key.cloned().map(Box::new),
-            item: String::new(),
-            // Where the parser stood when the text ended being YAML says nothing.
-            field: if syntax { String::new() } else { field },
-            message: words.to_owned(),
-            syntax,
-        }
-    })
+/// When it is no YAML or no `T`.
+pub(crate) fn typed<T: DeserializeOwned>(document: &str) -> Result<T, DocumentError> {
+    Ok(Node::read(document)?.convert()?)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const TWO: &str = "\
-# a comment before the first document
----
-apiVersion: v1
-kind: Service
-metadata:
-  name: web
-  labels: null
-spec:
-  clusterIP: 10.96.0.10
-  ports:
-    - port: 80
----
-apiVersion: v1
-kind: Service
-metadata:
-  name: bad
-  namespace: shop
-spec:
-  ports:
-    - name: http
-      port: 80
-    - name: https
-      port: 70000
---- # a ConfigMap is none of our business
-apiVersion: v1
-kind: ConfigMap
-data: {text: \"x\"}
-";
-
-    #[test]
-    fn a_mistake_leaves_the_other_documents_alone() {
-        let parsed = parse(TWO);
-        let names: Vec<String> = parsed.objects.iter().map(|o| o.key().to_string()).collect();
-        assert_eq!(names, ["Service default/web"]);
-        let [error] = parsed.errors.as_slice() else {
-            panic!("{:?}", parsed.errors);
-        };
-        assert_eq!(error.line, 23, "{error}");
-        assert_eq!(error.field, "spec.ports[1].port", "{error}");
-        assert_eq!(
-            error.object.as_ref().unwrap().to_string(),
-            "Service shop/bad"
-        );
-        assert!(error.message.contains("70000"), "{error}");
-    }
-
-    #[test]
-    fn broken_yaml_is_named_by_its_line() {
-        let parsed = parse("apiVersion: v1\nkind: Service\nmetadata: {name: x\nspec: [\n");
-        assert!(parsed.objects.is_empty());
-        let [error] = parsed.errors.as_slice() else {
-            panic!("{:?}", parsed.errors);
-        };
-        assert!(error.line >= 3, "{error}");
-        assert_eq!(error.object, None);
-    }
-
-    #[test]
-    fn lists_json_and_missing_fields() {
-        let list = r#"{"apiVersion":"v1","kind":"List","items":[
-            {"apiVersion":"v1","kind":"Node","metadata":{"name":"a"},"spec":{"podCIDRs":["10.1.0.0/24"]}},
-            {"apiVersion":"v1","kind":"Service","metadata":{"name":"b"},"spec":{"ports":[{"port":"no"}]}},
-            {"apiVersion":"v1","kind":"Service","metadata":{}}
-        ]}"#;
-        let parsed = parse(list);
-        assert_eq!(parsed.objects.len(), 1);
-        let places: Vec<(&str, &str)> = parsed
-            .errors
-            .iter()
-            .map(|e| (&*e.item, &*e.field))
-            .collect();
-        assert_eq!(
-            places,
-            [
-                ("items[1]", "spec.ports[0].port"),
-                ("items[2]", "metadata.name")
-            ]
-        );
-        assert_eq!(
-            parse("kind: Service\nmetadata: {name: x}\n").errors[0].field,
-            "apiVersion"
-        );
-        assert_eq!(parse("---\n---\n# nothing\n...\n"), Parsed::default());
-    }
-
-    #[test]
-    fn what_the_api_writes_as_null_is_absent() {
-        let text = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: s\n  \
-                    labels: null\naddressType: IPv4\nendpoints: null\nports: null\n";
-        let parsed = parse(text);
-        assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
-        assert_eq!(parsed.objects.len(), 1);
-        let text = "apiVersion: v1\nkind: Service\nmetadata:\n  name: s\n  labels: {app: }\n  \
-                    annotations:\n    note:\n    ferrule.io/scheduler: ~\n";
-        let parsed = parse(text);
-        assert!(parsed.errors.is_empty(), "{:?}", parsed.errors);
-        let [Object::Service(service)] = parsed.objects.as_slice() else {
-            panic!("{:?}", parsed.objects);
-        };
-        assert_eq!(service.metadata.labels["app"], "");
-        assert_eq!(service.metadata.annotations["ferrule.io/scheduler"], "");
-    }
-}
+mod tests;

@@ -5,56 +5,18 @@
 //! What cannot be read keeps the objects it had when it could.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, Metadata};
-use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::{fs, io};
 
 use ferrule_model::cluster::Event;
 use ferrule_model::kube::{Object, ObjectKey};
 use tracing::{info, warn};
 
 use super::document::{self, DocumentError};
+use super::tree::{Stamp, Tree};
 
 /// A larger file is refused: nobody writes it by hand.
 const MAX_FILE: u64 = 64 * 1024 * 1024;
-
-/// A file that was written less than this ago may still be half of itself.
-pub(crate) const SETTLE: Duration = Duration::from_millis(50);
-
-/// What tells a changed file from an unchanged one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
-    modified: (i64, i64),
-    changed: (i64, i64),
-    size: u64,
-    inode: u64,
-}
-
-impl Stamp {
-    fn of(metadata: &Metadata) -> Self {
-        Self {
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
-            size: metadata.len(),
-            inode: metadata.ino(),
-        }
-    }
-
-    /// Whether the file was written so lately that its writer may not be done. A
-    /// time in the future (somebody set the clock back) is no reason to wait.
-    fn is_fresh(&self) -> bool {
-        let (seconds, nanoseconds) = self.modified;
-        let modified = u64::try_from(seconds)
-            .map(Duration::from_secs)
-            .unwrap_or_default()
-            + Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or_default());
-        SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH + modified)
-            .is_ok_and(|age| age < SETTLE)
-    }
-}
 
 /// One file as it was last read.
 #[derive(Debug)]
@@ -65,19 +27,10 @@ struct File {
     problems: Vec<Problem>,
     /// Objects that it defines more than once; the last one counts.
     repeated: BTreeSet<ObjectKey>,
+    /// Objects of which it has a definition that cannot be read.
+    broken: BTreeSet<ObjectKey>,
     /// Something in it could not be read and has no last good state.
     unknown: bool,
-}
-
-/// What is below a folder.
-#[derive(Debug, Default)]
-struct Tree {
-    /// The folder itself and those below it.
-    folders: Vec<PathBuf>,
-    /// Manifests, by path.
-    manifests: BTreeMap<PathBuf, Stamp>,
-    /// Folders below it that cannot be listed, and why.
-    closed: BTreeMap<PathBuf, io::Error>,
 }
 
 /// What is wrong with a file.
@@ -85,12 +38,16 @@ struct Tree {
 pub(crate) struct Problem {
     /// The object, where that could be read.
     pub(crate) object: Option<ObjectKey>,
+    /// Line in the file, 0 for the file as a whole.
+    pub(crate) line: u64,
     /// What is wrong: line, object, field.
     pub(crate) words: String,
     /// The same without the line: field and what is wrong with it.
     pub(crate) about_field: String,
     /// Nothing could be made of it: not even YAML, or not to be read at all.
     pub(crate) fatal: bool,
+    /// There is a last good state of what is wrong, and it stays in use.
+    pub(crate) kept: bool,
 }
 
 /// What is to be said about the folder as it is now.
@@ -100,8 +57,9 @@ pub(crate) struct Report {
     pub(crate) folder: Option<String>,
     /// By file.
     pub(crate) problems: Vec<(PathBuf, Problem)>,
-    /// Objects that are defined more than once, and the file whose definition counts.
-    pub(crate) repeated: Vec<(ObjectKey, PathBuf)>,
+    /// Objects that are defined more than once, and the file whose definition
+    /// counts, unless none can be read.
+    pub(crate) repeated: Vec<(ObjectKey, Option<PathBuf>)>,
 }
 
 /// The folder and what was last told about it.
@@ -111,8 +69,8 @@ pub(crate) struct Folder {
     files: BTreeMap<PathBuf, File>,
     /// Which files define an object; the last one counts.
     definitions: BTreeMap<ObjectKey, BTreeSet<PathBuf>>,
-    /// Subfolders that [`Folder::scan_once`] had to leave out, and why.
-    closed: BTreeMap<PathBuf, String>,
+    /// What is below the folder and had to be left out, and why.
+    left_out: BTreeMap<PathBuf, String>,
     complete: bool,
 }
 
@@ -131,7 +89,7 @@ impl Folder {
             root,
             files: BTreeMap::new(),
             definitions: BTreeMap::new(),
-            closed: BTreeMap::new(),
+            left_out: BTreeMap::new(),
             complete: false,
         }
     }
@@ -146,8 +104,15 @@ impl Folder {
     /// # Errors
     /// When the folder or one below it cannot be listed; nothing is then told as gone.
     pub(crate) fn scan(&mut self) -> io::Result<Scan> {
-        let found = Tree::below(&self.root)?.open()?.manifests;
-        Ok(self.scan_files(found, Stamp::is_fresh))
+        let tree = Tree::below(&self.root)?.open()?;
+        let before = std::mem::take(&mut self.left_out);
+        self.leave_out(&tree);
+        for (path, words) in &self.left_out {
+            if before.get(path) != Some(words) {
+                warn!(file = %path.display(), "{words}; it is left out");
+            }
+        }
+        Ok(self.scan_files(tree.manifests, Stamp::is_fresh))
     }
 
     /// Likewise, for somebody who looks once: takes every file as it is now, and
@@ -157,37 +122,62 @@ impl Folder {
     /// When the folder itself cannot be listed.
     pub(crate) fn scan_once(&mut self) -> io::Result<Scan> {
         let tree = Tree::below(&self.root)?;
-        let closed = tree.closed.into_iter();
-        self.closed = closed
-            .map(|(path, error)| (path, format!("cannot be listed: {error}")))
-            .collect();
+        self.leave_out(&tree);
         Ok(self.scan_files(tree.manifests, |_| false))
+    }
+
+    fn leave_out(&mut self, tree: &Tree) {
+        let closed = tree.closed.iter().map(|(path, error)| {
+            let words = format!("cannot be listed: {error}; make the folder readable");
+            (path.clone(), words)
+        });
+        let no_files = tree.no_files.iter().map(|(path, what)| {
+            let words = format!("{what}; remove it, or give it another name");
+            (path.clone(), words)
+        });
+        self.left_out = closed.chain(no_files).collect();
     }
 
     /// What is wrong with the folder as it was last scanned.
     pub(crate) fn report(&self) -> Report {
         let mut report = Report::default();
-        let closed = self.closed.iter();
-        report
-            .problems
-            .extend(closed.map(|(path, words)| (path.clone(), Problem::fatal(words.clone()))));
+        let left_out = self.left_out.iter();
+        report.problems.extend(
+            left_out.map(|(path, words)| (path.clone(), Problem::fatal(words.clone(), false))),
+        );
         for (path, file) in &self.files {
             let problems = file.problems.iter().cloned();
             report.problems.extend(problems.map(|p| (path.clone(), p)));
         }
-        for (key, paths) in &self.definitions {
-            let Some(last) = paths.last() else {
-                continue;
-            };
-            let twice = paths.iter().any(|path| {
-                let file = self.files.get(path);
-                file.is_some_and(|file| file.repeated.contains(key))
-            });
-            if paths.len() > 1 || twice {
-                report.repeated.push((key.clone(), last.clone()));
+        report.repeated = self.repeated();
+        report
+    }
+
+    /// Definitions that cannot be read are among those that are to be removed.
+    fn repeated(&self) -> Vec<(ObjectKey, Option<PathBuf>)> {
+        let mut broken: BTreeMap<&ObjectKey, BTreeSet<&PathBuf>> = BTreeMap::new();
+        let mut twice = BTreeSet::new();
+        for (path, file) in &self.files {
+            for key in &file.broken {
+                broken.entry(key).or_default().insert(path);
+            }
+            twice.extend(&file.repeated);
+        }
+        let keys: BTreeSet<&ObjectKey> = self
+            .definitions
+            .keys()
+            .chain(broken.keys().copied())
+            .collect();
+        let mut repeated = Vec::new();
+        for key in keys {
+            let good = self.definitions.get(key);
+            let mut paths: BTreeSet<&PathBuf> = good.into_iter().flatten().collect();
+            paths.extend(broken.get(key).into_iter().flatten());
+            if paths.len() > 1 || twice.contains(key) {
+                repeated.push((key.clone(), good.and_then(BTreeSet::last).cloned()));
             }
         }
-        report
+        repeated
     }
 
     fn scan_files(
@@ -266,7 +256,7 @@ impl Folder {
         match file {
             Some(file) => {
                 for problem in &file.problems {
-                    warn!(file = %path.display(), "{}; its last good state stays", problem.words);
+                    warn!(file = %path.display(), "{}; {}", problem.words, problem.effect());
                 }
                 if old_problems && file.problems.is_empty() {
                     info!(file = %path.display(), "can be read again");
@@ -300,120 +290,35 @@ impl Folder {
     }
 }
 
-/// The folder and those below it, each once however many symbolic links lead to it.
-///
-/// # Errors
-/// When `root` or one below it cannot be listed.
-pub(crate) fn folders(root: &Path) -> io::Result<Vec<PathBuf>> {
-    Ok(Tree::below(root)?.open()?.folders)
-}
-
-impl Tree {
-    /// # Errors
-    /// When `root` itself cannot be listed.
-    fn below(root: &Path) -> io::Result<Self> {
-        let mut known = BTreeSet::new();
-        let mut tree = Self::default();
-        // In the order of paths: by which of several links a folder is entered must not
-        // depend on the order in which a file system lists them.
-        let mut waiting = BTreeSet::from([root.to_owned()]);
-        while let Some(folder) = waiting.pop_first() {
-            match tree.take(&folder, &mut known, &mut waiting) {
-                Ok(()) => {}
-                Err(error) if folder == root => return Err(error),
-                Err(error) => {
-                    tree.closed.insert(folder, error);
-                }
-            }
-        }
-        Ok(tree)
-    }
-
-    fn take(
-        &mut self,
-        folder: &Path,
-        known: &mut BTreeSet<(u64, u64)>,
-        waiting: &mut BTreeSet<PathBuf>,
-    ) -> io::Result<()> {
-        let metadata = fs::metadata(folder)?;
-        if !known.insert((metadata.dev(), metadata.ino())) {
-            return Ok(());
-        }
-        for path in visible(folder)? {
-            if path.is_dir() {
-                waiting.insert(path);
-            } else if is_manifest(&path)
-                && let Some(stamp) = stamp(&path)?
-            {
-                self.manifests.insert(path, stamp);
-            }
-        }
-        self.folders.push(folder.to_owned());
-        Ok(())
-    }
-
-    /// The tree, if everything in it could be listed.
-    fn open(self) -> io::Result<Self> {
-        match self.closed.iter().next() {
-            None => Ok(self),
-            Some((path, error)) => Err(io::Error::new(
-                error.kind(),
-                format!("subfolder {}: {error}", path.display()),
-            )),
-        }
-    }
-}
-
-/// What is in a folder, less what editors and kubelet keep to themselves:
-/// names that begin with a dot (`..data` of a mounted `ConfigMap`).
-fn visible(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if !entry.file_name().as_encoded_bytes().starts_with(b".") {
-            paths.push(entry.path());
-        }
-    }
-    Ok(paths)
-}
-
-/// `None` for what is gone since it was listed, and for what is no file, such as
-/// a socket. A link that leads nowhere has the stamp of the link: it is a
-/// manifest that cannot be read, and not one that was removed.
-fn stamp(path: &Path) -> io::Result<Option<Stamp>> {
-    let metadata = fs::metadata(path).or_else(|_| fs::symlink_metadata(path));
-    match metadata {
-        Ok(metadata) if metadata.is_file() || metadata.is_symlink() => {
-            Ok(Some(Stamp::of(&metadata)))
-        }
-        Ok(_) => Ok(None),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-fn is_manifest(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
-}
-
 fn read(path: &Path, stamp: Stamp, old: Option<&File>) -> File {
     let text = if stamp.size > MAX_FILE {
-        Err(format!("has more than {MAX_FILE} bytes, split it"))
+        Err(format!("has more than {MAX_FILE} bytes; split it"))
     } else {
         fs::read(path)
-            .map_err(|error| format!("cannot be read: {error}"))
+            .map_err(|error| unreadable(path, &error))
             .and_then(utf8)
     };
     match text {
         Ok(text) => from_text(&text, stamp, old),
-        Err(problem) => File {
-            stamp,
-            objects: old.map(|old| old.objects.clone()).unwrap_or_default(),
-            problems: vec![Problem::fatal(problem)],
-            repeated: BTreeSet::new(),
-            unknown: old.is_none_or(|old| old.unknown),
-        },
+        Err(problem) => {
+            let objects = old.map(|old| old.objects.clone()).unwrap_or_default();
+            File {
+                stamp,
+                problems: vec![Problem::fatal(problem, !objects.is_empty())],
+                objects,
+                repeated: BTreeSet::new(),
+                broken: BTreeSet::new(),
+                unknown: old.is_none_or(|old| old.unknown),
+            }
+        }
+    }
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> String {
+    if path.is_symlink() {
+        format!("is a link that leads to no file: {error}; correct the link, or remove it")
+    } else {
+        format!("cannot be read: {error}; make the file readable")
     }
 }
 
@@ -434,231 +339,78 @@ fn from_text(text: &str, stamp: Stamp, old: Option<&File>) -> File {
             repeated.insert(earlier.key());
         }
     }
-    let mut file = File {
+    let mut broken = BTreeSet::new();
+    for key in parsed.errors.iter().filter_map(DocumentError::definition) {
+        if !broken.insert(key.clone()) || objects.contains_key(key) {
+            repeated.insert(key.clone());
+        }
+    }
+    let mut last_good = BTreeMap::new();
+    let mut problems = Vec::new();
+    for error in &parsed.errors {
+        let of_error = last_good_of(error, &objects, old);
+        problems.push(Problem::of(error, !of_error.is_empty()));
+        last_good.extend(of_error);
+    }
+    let unknown = !parsed.errors.is_empty() && old.is_none_or(|old| old.unknown);
+    objects.extend(last_good);
+    File {
         stamp,
         objects,
-        problems: parsed.errors.iter().map(Problem::of).collect(),
+        problems,
         repeated,
-        unknown: false,
-    };
-    for error in &parsed.errors {
-        file.keep_last_good(error, old);
+        broken,
+        unknown,
     }
-    file
+}
+
+/// A document that is wrong keeps the object it was. Where not even its name
+/// can be read, it may be any object that the file had and has no longer.
+fn last_good_of(
+    error: &DocumentError,
+    now: &BTreeMap<ObjectKey, Object>,
+    old: Option<&File>,
+) -> BTreeMap<ObjectKey, Object> {
+    let meant = |key: &ObjectKey| error.definition().is_none_or(|named| named == key);
+    let before = old.into_iter().flat_map(|old| &old.objects);
+    before
+        .filter(|(key, _)| meant(key) && !now.contains_key(*key))
+        .map(|(key, object)| (key.clone(), object.clone()))
+        .collect()
 }
 
 impl Problem {
-    fn of(error: &DocumentError) -> Self {
+    fn of(error: &DocumentError, kept: bool) -> Self {
         Self {
             object: error.object.as_deref().cloned(),
+            line: error.line,
             words: error.to_string(),
             about_field: error.about_field(),
             fatal: error.syntax,
+            kept,
         }
     }
 
-    fn fatal(words: String) -> Self {
+    fn fatal(words: String, kept: bool) -> Self {
         Self {
             object: None,
+            line: 0,
             about_field: words.clone(),
             words,
             fatal: true,
+            kept,
         }
     }
-}
 
-impl File {
-    /// A document that is wrong keeps the object it was. Where not even its name
-    /// can be read, it may be any object that the file had and has no longer.
-    fn keep_last_good(&mut self, error: &DocumentError, old: Option<&Self>) {
-        let Some(old) = old else {
-            self.unknown = true;
-            return;
-        };
-        self.unknown |= old.unknown;
-        let meant = |key: &ObjectKey| error.object.as_deref().is_none_or(|named| named == key);
-        for (key, object) in old.objects.iter().filter(|(key, _)| meant(key)) {
-            self.objects
-                .entry(key.clone())
-                .or_insert_with(|| object.clone());
+    /// What the agent does about it.
+    pub(crate) fn effect(&self) -> &'static str {
+        if self.kept {
+            "its last good state stays in use"
+        } else {
+            "it is left out"
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn service(name: &str, ip: &str) -> String {
-        format!(
-            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec:\n  clusterIP: {ip}\n  \
-             ports: [{{port: 80}}]\n"
-        )
-    }
-
-    struct Fixture {
-        dir: tempfile::TempDir,
-        folder: Folder,
-    }
-
-    impl Fixture {
-        fn new() -> Self {
-            let dir = tempfile::tempdir().unwrap();
-            let folder = Folder::new(dir.path().to_owned());
-            Self { dir, folder }
-        }
-
-        /// Writes a file as if it had been written a while ago.
-        fn write(&self, name: &str, text: &str) {
-            let path = self.dir.path().join(name);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(&path, text).unwrap();
-            let file = fs::File::options().append(true).open(&path).unwrap();
-            let ago = std::time::SystemTime::now() - SETTLE * 4;
-            file.set_modified(ago).unwrap();
-        }
-
-        fn scan(&mut self) -> Vec<String> {
-            let scan = self.folder.scan().unwrap();
-            assert!(!scan.unsettled);
-            scan.events
-                .into_iter()
-                .map(|event| match event {
-                    Event::Applied(object) => format!("+{}", object.key()),
-                    Event::Deleted(key) => format!("-{key}"),
-                })
-                .collect()
-        }
-    }
-
-    fn problems(folder: &Folder) -> usize {
-        folder.files.values().map(|file| file.problems.len()).sum()
-    }
-
-    #[test]
-    fn only_what_changed_is_told() {
-        let mut f = Fixture::new();
-        f.write("a.yaml", &service("a", "10.0.0.1"));
-        f.write("sub/b.yml", &service("b", "10.0.0.2"));
-        f.write(".hidden.yaml", &service("hidden", "10.0.0.3"));
-        f.write("notes.txt", "no manifest");
-        assert_eq!(f.scan(), ["+Service default/a", "+Service default/b"]);
-        assert!(f.folder.is_complete());
-        assert!(f.scan().is_empty());
-        f.write("a.yaml", &service("a", "10.0.0.9"));
-        assert_eq!(f.scan(), ["+Service default/a"]);
-        fs::remove_file(f.dir.path().join("sub/b.yml")).unwrap();
-        assert_eq!(f.scan(), ["-Service default/b"]);
-    }
-
-    #[test]
-    fn links_are_followed_and_never_in_circles() {
-        use std::os::unix::fs::symlink;
-        let mut f = Fixture::new();
-        // As kubelet mounts a ConfigMap: the files are links through a link.
-        f.write("..1/a.yaml", &service("a", "10.0.0.1"));
-        symlink("..1", f.dir.path().join("..data")).unwrap();
-        symlink("..data/a.yaml", f.dir.path().join("a.yaml")).unwrap();
-        symlink(".", f.dir.path().join("circle")).unwrap();
-        symlink("..", f.dir.path().join("..1/up")).unwrap();
-        assert_eq!(f.scan(), ["+Service default/a"]);
-        f.write("..2/a.yaml", &service("a", "10.0.0.2"));
-        symlink("..2", f.dir.path().join("..new")).unwrap();
-        fs::rename(f.dir.path().join("..new"), f.dir.path().join("..data")).unwrap();
-        assert_eq!(f.scan(), ["+Service default/a"]);
-    }
-
-    /// A tmpfs lists what was made last first, ext4 by a hash.
-    #[test]
-    fn by_which_link_a_folder_is_entered_is_told_by_the_names() {
-        use std::os::unix::fs::symlink;
-        for link_first in [false, true] {
-            let mut f = Fixture::new();
-            let link = f.dir.path().join("alias");
-            if link_first {
-                symlink("real", &link).unwrap();
-            }
-            f.write("real/a.yaml", &service("a", "10.0.0.1"));
-            if !link_first {
-                symlink("real", &link).unwrap();
-            }
-            f.write("b.yaml", &service("a", "10.0.0.2"));
-            f.scan();
-            let (_, last) = f.folder.report().repeated.remove(0);
-            assert_eq!(
-                last,
-                f.dir.path().join("b.yaml"),
-                "alias/a.yaml comes before"
-            );
-        }
-    }
-
-    #[test]
-    fn of_two_files_with_one_object_the_last_counts() {
-        let mut f = Fixture::new();
-        f.write("1.yaml", &service("a", "10.0.0.1"));
-        f.write("2.yaml", &service("a", "10.0.0.2"));
-        assert_eq!(f.scan(), ["+Service default/a"]);
-        f.write("1.yaml", &service("a", "10.0.0.3"));
-        assert!(f.scan().is_empty(), "the first is hidden by the second");
-        fs::remove_file(f.dir.path().join("2.yaml")).unwrap();
-        assert_eq!(f.scan(), ["+Service default/a"]);
-    }
-
-    #[test]
-    fn an_object_moves_between_files_without_a_gap() {
-        let mut f = Fixture::new();
-        f.write("1.yaml", &service("a", "10.0.0.1"));
-        f.scan();
-        fs::remove_file(f.dir.path().join("1.yaml")).unwrap();
-        f.write("2.yaml", &service("a", "10.0.0.1"));
-        assert!(f.scan().is_empty());
-    }
-
-    #[test]
-    fn broken_documents_keep_their_last_good_state() {
-        let mut f = Fixture::new();
-        let (a, b) = (service("a", "10.0.0.1"), service("b", "10.0.0.2"));
-        f.write("x.yaml", &format!("{a}---\n{b}"));
-        f.scan();
-        // A field is wrong: this object stays as it was, the other one changes.
-        let wrong = a.replace("port: 80", "port: http");
-        f.write(
-            "x.yaml",
-            &format!("{wrong}---\n{}", service("b", "10.0.0.3")),
-        );
-        assert_eq!(f.scan(), ["+Service default/b"]);
-        assert_eq!(problems(&f.folder), 1);
-        // The YAML is broken: nothing that was there is told as gone.
-        f.write("x.yaml", "{");
-        assert!(f.scan().is_empty());
-        // Repaired, with one of the two left.
-        f.write("x.yaml", &a);
-        assert_eq!(f.scan(), ["-Service default/b"]);
-        assert_eq!(problems(&f.folder), 0);
-    }
-
-    #[test]
-    fn a_folder_with_a_broken_file_from_the_start_is_not_complete() {
-        let mut f = Fixture::new();
-        f.write("a.yaml", &service("a", "10.0.0.1"));
-        f.write("b.yaml", "{");
-        assert_eq!(f.scan(), ["+Service default/a"]);
-        assert!(!f.folder.is_complete());
-        f.write("b.yaml", &service("b", "10.0.0.2"));
-        assert_eq!(f.scan(), ["+Service default/b"]);
-        assert!(f.folder.is_complete());
-        f.write("b.yaml", "{");
-        f.scan();
-        assert!(f.folder.is_complete(), "once is enough");
-    }
-
-    #[test]
-    fn a_file_that_is_being_written_waits() {
-        let mut f = Fixture::new();
-        fs::write(f.dir.path().join("a.yaml"), service("a", "10.0.0.1")).unwrap();
-        let scan = f.folder.scan().unwrap();
-        assert!(scan.unsettled && scan.events.is_empty());
-        assert!(!f.folder.is_complete());
-    }
-}
+mod tests;

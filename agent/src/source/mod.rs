@@ -6,7 +6,9 @@
 
 pub(crate) mod document;
 pub(crate) mod folder;
+mod tree;
 pub(crate) mod watch;
+mod yaml;
 
 use std::time::Instant;
 

@@ -18,7 +18,8 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::Update;
-use super::folder::{self, Folder, Report, SETTLE};
+use super::folder::{Folder, Report};
+use super::tree::{self, SETTLE};
 
 /// Time between two scans when nothing is noticed.
 const RESCAN: Duration = Duration::from_secs(30);
@@ -96,7 +97,15 @@ fn say_repeated(report: &Report, told: Option<&Report>) {
     let known = |repeated| told.is_some_and(|told: &Report| told.repeated.contains(repeated));
     for repeated in report.repeated.iter().filter(|repeated| !known(repeated)) {
         let (object, file) = repeated;
-        warn!(%object, reason = %Reason::DuplicateObject, file = %file.display(), "is defined more than once, the definition in this file counts; remove the others");
+        let reason = Reason::DuplicateObject;
+        match file {
+            Some(file) => {
+                warn!(%object, %reason, file = %file.display(), "is defined more than once, the definition in this file counts; remove the others");
+            }
+            None => {
+                warn!(%object, %reason, "is defined more than once, and no definition can be read; remove all but one");
+            }
+        }
     }
 }
 
@@ -126,7 +135,7 @@ struct Watch {
 impl Watch {
     fn new(root: &Path) -> anyhow::Result<Self> {
         let inotify = Inotify::init().context("inotify_init")?;
-        for folder in folder::folders(root)? {
+        for folder in tree::folders(root)? {
             inotify
                 .watches()
                 .add(&folder, WHAT_MATTERS)

@@ -58,7 +58,7 @@ fn a_table_for_people() {
         Served only in part, or not at all:
           Node node-a: NodeMissing: no Node object has the name node-a: pods of this node get no addresses, and a plan has no node ports; check the name, or add the object
           Service default/bad: InvalidAddress: spec.clusterIP: "\u{1b}[31m10" is not an IP address; the address is not served, correct it
-          Service default/worse: InvalidObject: spec.type: unknown variant `\u{1b}[31mx`, expected one of ClusterIP, NodePort, LoadBalancer, ExternalName; correct the field
+          Service default/worse: InvalidObject: spec.type: is the text "\u{1b}[31mx"; write one of ClusterIP, NodePort, LoadBalancer, ExternalName
     "#]].assert_eq(stdout(&output));
 
     let empty = folder(&[("node.yaml", NODE)]);
@@ -175,8 +175,8 @@ fn a_difference_for_people() {
             - backend 10.244.2.5:8080, weight 1, not on this node
             + backend 10.244.2.6:8080, weight 1, not on this node
             + backend 192.0.2.77:8080, weight 1, not on this node
-        - Service default/gone: DuplicateObject: metadata.name: the object is defined more than once, the last definition in path order counts, in more.yaml; remove the others
-        - Service default/moved: DuplicateObject: metadata.name: the object is defined more than once, the last definition in path order counts, in more.yaml; remove the others
+        - Service default/gone: DuplicateObject: metadata.name: the object is defined more than once, the last definition in path order that can be read counts, in more.yaml; remove the others
+        - Service default/moved: DuplicateObject: metadata.name: the object is defined more than once, the last definition in path order that can be read counts, in more.yaml; remove the others
         - Service default/moved: Unsupported: spec.sessionAffinity: connections are spread without affinity by this version; the rest of the Service is served, do without the field or give the Service to another proxy
     "]].assert_eq(stdout(&output));
     let output = plan(dir.path(), &["--diff", "manifests", "-o", "table"]);
