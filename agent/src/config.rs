@@ -27,6 +27,8 @@ pub(crate) struct Config {
     pub(crate) policy: Policy,
     /// Share of one core that the audit of real servers may take, in percent.
     pub(crate) audit_budget: f64,
+    /// URLs of API servers, instead of the one that comes with the credentials.
+    pub(crate) api_servers: Vec<String>,
 }
 
 impl Default for Config {
@@ -34,6 +36,7 @@ impl Default for Config {
         Self {
             policy: Policy::default(),
             audit_budget: AUDIT_BUDGET,
+            api_servers: Vec::new(),
         }
     }
 }
@@ -81,6 +84,8 @@ struct File {
     node_port_range: Option<String>,
     #[serde(default)]
     audit_budget_percent: Option<f64>,
+    #[serde(default)]
+    api_server: Option<Vec<String>>,
 }
 
 /// A text, with an error that says what a range looks like.
@@ -172,6 +177,7 @@ impl Config {
                 },
             },
             audit_budget: budget,
+            api_servers: file.api_server.unwrap_or_default(),
         })
     }
 }

@@ -42,9 +42,8 @@ use crate::pods::Pods;
 use crate::reconcile::{Asker, Reconciler};
 use crate::server::Server;
 use crate::settings::{CleanupSettings, Cli, Command, LogFormat, RunSettings};
-
-/// Updates that wait for the reconciler; a source that is faster waits.
-const UPDATES: usize = 16;
+use crate::source::Sources;
+use crate::source::kubernetes::Credentials;
 
 /// Questions that wait for the reconciler; who asks more waits.
 const QUERIES: usize = 16;
@@ -113,14 +112,16 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
         tracing::error!("pods cannot reach beyond this node: {error}");
     }
     let pods = Arc::new(Pods::new(leases, settings.state_dir.clone(), mtu));
-    let (sender, updates) = mpsc::channel(UPDATES);
-    let source = tokio::spawn(source::watch::run(settings.manifests.clone(), sender));
+    let (source_name, updates, source) = sources(&settings, &config)
+        .follow()
+        .await
+        .map_err(anyhow::Error::msg)?;
     let reconciler = Reconciler::new(
         &settings.node,
         node_settings,
         &config,
         Arc::clone(&pods),
-        format!("manifests in {}", settings.manifests.display()),
+        source_name,
     );
     let (asker, queries) = mpsc::channel(QUERIES);
     let reconciler = tokio::spawn(reconciler.run(updates, queries));
@@ -131,11 +132,25 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
         () = server.serve(desk) => {}
         _ = terminate.recv() => info!("asked to stop; services and pods stay as they are"),
         _ = interrupt.recv() => info!("asked to stop; services and pods stay as they are"),
-        result = source => result.context("the source of manifests ended")?,
+        result = source => result.context("the source of facts ended")?,
         result = reconciler => result.context("the reconciler ended")?,
         result = queue => result.context("the release queue ended")?,
     }
     Ok(())
+}
+
+/// A cluster is followed if it is named, and if nothing else is.
+fn sources(settings: &RunSettings, config: &Config) -> Sources {
+    let in_cluster = settings.in_cluster || settings.manifests.is_none();
+    let credentials = match &settings.kubeconfig {
+        Some(path) => Some(Credentials::Kubeconfig(path.clone())),
+        None => in_cluster.then_some(Credentials::InCluster),
+    };
+    Sources {
+        manifests: settings.manifests.clone(),
+        credentials,
+        api_servers: config.api_servers.clone(),
+    }
 }
 
 async fn cleanup(settings: CleanupSettings) -> anyhow::Result<()> {

@@ -82,8 +82,16 @@ pub(crate) enum PlanOutput {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RunSettings {
     /// Folder with Kubernetes manifests (Service, EndpointSlice, Node), YAML or JSON; it is watched.
+    /// Without --kubeconfig and --in-cluster they are all there is.
     #[arg(long, value_name = "DIR")]
-    pub(crate) manifests: PathBuf,
+    pub(crate) manifests: Option<PathBuf>,
+    /// Credentials for the cluster's API.
+    #[arg(long, value_name = "FILE", conflicts_with = "in_cluster")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// Follow the cluster's API as the service account of the agent's pod, which is what it does
+    /// without --manifests and --kubeconfig.
+    #[arg(long)]
+    pub(crate) in_cluster: bool,
     /// Name of this node, as its Node object has it.
     #[arg(long, value_name = "NAME", value_parser = node_name)]
     pub(crate) node: String,

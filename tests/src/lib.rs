@@ -6,7 +6,8 @@
 //! afterwards that nothing is left. [`cases`] lists the tests. What they build
 //! on, from the ground up: [`netns`] and [`link`] make the networks, [`sock`]
 //! speaks through them, [`process`] starts programs in them, [`node`] and [`pod`]
-//! are a node with the agent and a pod that the plugin made, [`dump`] reads the
+//! are a node with the agent and a pod that the plugin made, [`api`] is a cluster's
+//! API beside them, [`dump`] reads the
 //! kernel back, [`golden`] compares.
 //!
 //! Nothing here but `cases::codec` and what speaks through the agent's socket
@@ -16,6 +17,7 @@
 //! `ip` serve to set up and to read back, because under emulation each start of
 //! a process costs a tenth of a second.
 
+pub mod api;
 pub mod cases;
 pub mod context;
 pub mod demo;

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use rustix::process::Signal;
 
+use crate::api::Api;
 use crate::context::Context;
 use crate::netns::Netns;
 use crate::process::{Process, Usage};
@@ -97,10 +98,13 @@ impl Node {
             .append(true)
             .open(self.log_file())?;
         let mut command = Command::new(&self.program);
+        command.arg("run");
+        if self.kubeconfig().exists() {
+            command.arg("--kubeconfig").arg(self.kubeconfig());
+        } else {
+            command.arg("--manifests").arg(self.manifests());
+        }
         command
-            .arg("run")
-            .arg("--manifests")
-            .arg(self.manifests())
             .args(["--node", self.netns.name()])
             .arg("--state-dir")
             .arg(self.state())
@@ -168,6 +172,19 @@ impl Node {
     pub fn write_config(&self, yaml: &str) -> anyhow::Result<()> {
         let path = self.config();
         fs::write(&path, yaml).with_context(|| format!("write {}", path.display()))
+    }
+
+    /// From its next start on the agent follows the [`Api`] in its namespace
+    /// instead of manifests.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn follow_api(&self) -> anyhow::Result<()> {
+        Ok(fs::write(self.kubeconfig(), Api::kubeconfig())?)
+    }
+
+    fn kubeconfig(&self) -> PathBuf {
+        self.folder.join("kubeconfig")
     }
 
     /// What the kernel tells of the agent's process, by its identifier.

@@ -14,14 +14,13 @@ use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
-use ferrule_model::condition::Reason;
-use ferrule_model::plan::{ConditionRow, Plan};
+use ferrule_model::plan::Plan;
 use ferrule_model::view::NodeView;
 
 use crate::config::Config;
 use crate::plan::diff::Difference;
 use crate::settings::{PlanOutput, PlanSettings};
-use crate::source::folder::{Folder, Report};
+use crate::source::folder::Folder;
 use crate::status::words::{plain, plain_json};
 
 /// Exit code when a file could not be read or parsed at all, or the plan not be written.
@@ -95,56 +94,15 @@ fn plan(option: &str, folder: &Path, node: &str, config: &Config) -> anyhow::Res
     })?;
     let mut view = NodeView::new(node, config.policy.clone());
     view.take(scan.events);
-    let report = files.report();
+    let findings = files.findings();
     let mut whole = true;
-    for (path, problem) in &report.problems {
+    for (path, problem) in &findings.problems {
         // A condition must not depend on the file that an object stands in; here the
         // file and line of what is wrong with it are told.
         complain(&format!("{}: {}", path.display(), problem.words));
         whole &= !problem.fatal;
     }
-    Ok((Plan::new(&view, conditions(&report, folder)), whole))
-}
-
-/// What is wrong with the documents themselves. Files are named from `folder`
-/// on, so that the same files say the same wherever they lie.
-pub(crate) fn conditions(report: &Report, folder: &Path) -> Vec<ConditionRow> {
-    let name = |path: &Path| {
-        let name = path.strip_prefix(folder).unwrap_or(path);
-        name.display().to_string()
-    };
-    let broken = report.problems.iter().filter(|(_, problem)| !problem.fatal);
-    let broken = broken.map(|(path, problem)| {
-        let (object, line, message) = match &problem.object {
-            Some(object) => (object.to_string(), 0, &problem.about_field),
-            // Nothing but the place says which document it is.
-            None => (format!("File {}", name(path)), problem.line, &problem.words),
-        };
-        ConditionRow {
-            object,
-            reason: Reason::InvalidObject.to_string(),
-            line,
-            message: message.clone(),
-        }
-    });
-    let repeated = report.repeated.iter().map(|(key, path)| ConditionRow {
-        object: key.to_string(),
-        reason: Reason::DuplicateObject.to_string(),
-        line: 0,
-        message: match path {
-            Some(path) => format!(
-                "metadata.name: the object is defined more than once, the last definition in path \
-                 order that can be read counts, in {}; remove the others",
-                name(path)
-            ),
-            None => {
-                "metadata.name: the object is defined more than once, and no definition can be \
-                     read; remove all but one"
-                    .to_owned()
-            }
-        },
-    });
-    broken.chain(repeated).collect()
+    Ok((Plan::new(&view, findings.conditions(folder)), whole))
 }
 
 fn complain(words: &str) {

@@ -178,7 +178,7 @@ impl Reconciler {
             self.set_pod_ranges();
         }
         if update.complete && !self.complete {
-            info!("all manifests were read");
+            info!(source = self.source.name, "everything was read");
             self.complete = true;
             self.network.routes_are_suspect();
             if let Some(observed) = &self.observed {

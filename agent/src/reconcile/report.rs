@@ -7,7 +7,6 @@
 //! a while, and then the last status has to do.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,8 +25,7 @@ use tokio::time::timeout;
 
 use super::Reconciler;
 use super::faults::now;
-use crate::plan;
-use crate::source::folder::Report;
+use crate::source::Report;
 
 /// How long an answer may take before an older one is given.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -112,7 +110,7 @@ impl Asker {
 /// Where the facts come from, and what is wrong there.
 #[derive(Debug)]
 pub(super) struct Source {
-    name: String,
+    pub(super) name: String,
     pub(super) report: Report,
     pub(super) last_event: Option<u64>,
     started: u64,
@@ -133,25 +131,19 @@ impl Source {
 
     fn problems(&mut self, complete: bool) -> Vec<Problem> {
         let mut problems = Vec::new();
-        if let Some(words) = &self.report.folder {
+        for trouble in &self.report.troubles {
             problems.push((
-                self.name.clone(),
-                format!("the folder {words}"),
-                "make the folder readable for the agent".to_owned(),
-            ));
-        }
-        for (path, problem) in &self.report.problems {
-            problems.push((
-                format!("file {}", path.display()),
-                format!("{}; {}", problem.words, problem.effect()),
-                "correct the file, or remove it".to_owned(),
+                trouble.object.clone(),
+                trouble.problem.clone(),
+                trouble.remedy.clone(),
             ));
         }
         if !complete {
             problems.push((
                 self.name.clone(),
                 "not everything could be read yet: nothing is removed from the kernel".to_owned(),
-                "correct the files that are named, or remove them".to_owned(),
+                "see the problems of the source; it goes on by itself when they are over"
+                    .to_owned(),
             ));
         }
         let before = std::mem::take(&mut self.since);
@@ -350,12 +342,7 @@ impl Reconciler {
             .collect();
         let of_routes = self.network.conditions().iter();
         rows.extend(of_routes.map(|condition: &Condition| ConditionRow::from(condition)));
-        // Objects that cannot be read are problems of the source already.
-        let report = Report {
-            problems: Vec::new(),
-            ..self.source.report.clone()
-        };
-        rows.extend(plan::conditions(&report, Path::new("")));
+        rows.extend(self.source.report.conditions.iter().cloned());
         rows.sort();
         rows.dedup();
         let count = rows.len();

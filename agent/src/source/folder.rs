@@ -13,6 +13,7 @@ use ferrule_model::kube::{Object, ObjectKey};
 use tracing::{info, warn};
 
 use super::document::{self, DocumentError};
+use super::findings::{Findings, Problem};
 use super::tree::{Stamp, Tree};
 
 /// A larger file is refused: nobody writes it by hand.
@@ -31,35 +32,6 @@ struct File {
     broken: BTreeSet<ObjectKey>,
     /// Something in it could not be read and has no last good state.
     unknown: bool,
-}
-
-/// What is wrong with a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Problem {
-    /// The object, where that could be read.
-    pub(crate) object: Option<ObjectKey>,
-    /// Line in the file, 0 for the file as a whole.
-    pub(crate) line: u64,
-    /// What is wrong: line, object, field.
-    pub(crate) words: String,
-    /// The same without the line: field and what is wrong with it.
-    pub(crate) about_field: String,
-    /// Nothing could be made of it: not even YAML, or not to be read at all.
-    pub(crate) fatal: bool,
-    /// There is a last good state of what is wrong, and it stays in use.
-    pub(crate) kept: bool,
-}
-
-/// What is to be said about the folder as it is now.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Report {
-    /// What is wrong with the folder itself.
-    pub(crate) folder: Option<String>,
-    /// By file.
-    pub(crate) problems: Vec<(PathBuf, Problem)>,
-    /// Objects that are defined more than once, and the file whose definition
-    /// counts, unless none can be read.
-    pub(crate) repeated: Vec<(ObjectKey, Option<PathBuf>)>,
 }
 
 /// The folder and what was last told about it.
@@ -139,18 +111,20 @@ impl Folder {
     }
 
     /// What is wrong with the folder as it was last scanned.
-    pub(crate) fn report(&self) -> Report {
-        let mut report = Report::default();
+    pub(crate) fn findings(&self) -> Findings {
+        let mut findings = Findings::default();
         let left_out = self.left_out.iter();
-        report.problems.extend(
+        findings.problems.extend(
             left_out.map(|(path, words)| (path.clone(), Problem::fatal(words.clone(), false))),
         );
         for (path, file) in &self.files {
             let problems = file.problems.iter().cloned();
-            report.problems.extend(problems.map(|p| (path.clone(), p)));
+            findings
+                .problems
+                .extend(problems.map(|p| (path.clone(), p)));
         }
-        report.repeated = self.repeated();
-        report
+        findings.repeated = self.repeated();
+        findings
     }
 
     /// Definitions that cannot be read are among those that are to be removed.
@@ -377,39 +351,6 @@ fn last_good_of(
         .filter(|(key, _)| meant(key) && !now.contains_key(*key))
         .map(|(key, object)| (key.clone(), object.clone()))
         .collect()
-}
-
-impl Problem {
-    fn of(error: &DocumentError, kept: bool) -> Self {
-        Self {
-            object: error.object.as_deref().cloned(),
-            line: error.line,
-            words: error.to_string(),
-            about_field: error.about_field(),
-            fatal: error.syntax,
-            kept,
-        }
-    }
-
-    fn fatal(words: String, kept: bool) -> Self {
-        Self {
-            object: None,
-            line: 0,
-            about_field: words.clone(),
-            words,
-            fatal: true,
-            kept,
-        }
-    }
-
-    /// What the agent does about it.
-    pub(crate) fn effect(&self) -> &'static str {
-        if self.kept {
-            "its last good state stays in use"
-        } else {
-            "it is left out"
-        }
-    }
 }
 
 #[cfg(test)]

@@ -18,7 +18,8 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::Update;
-use super::folder::{Folder, Report};
+use super::findings::Findings;
+use super::folder::Folder;
 use super::tree::{self, SETTLE};
 
 /// Time between two scans when nothing is noticed.
@@ -45,7 +46,7 @@ const WHAT_MATTERS: WatchMask = WatchMask::CLOSE_WRITE
 pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
     let mut folder = Folder::new(root.clone());
     let mut told_complete = false;
-    let mut told_report = None;
+    let mut told = None;
     let mut seen = Instant::now();
     let mut problem = Problem::default();
     while !updates.is_closed() {
@@ -65,24 +66,24 @@ pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
         };
         problem.say(&root, wrong.as_deref());
         let complete = folder.is_complete();
-        let report = Report {
+        let findings = Findings {
             folder: wrong,
-            ..folder.report()
+            ..folder.findings()
         };
-        let news = told_report.as_ref() != Some(&report);
-        say_repeated(&report, told_report.as_ref());
+        let news = told.as_ref() != Some(&findings);
+        say_repeated(&findings, told.as_ref());
         if !events.is_empty() || complete != told_complete || news {
             let update = Update {
                 events,
                 complete,
-                report: news.then(|| report.clone()),
+                report: news.then(|| findings.report(&root)),
                 seen,
             };
             if updates.send(update).await.is_err() {
                 return;
             }
             told_complete = complete;
-            told_report = Some(report);
+            told = Some(findings);
         }
         match watch {
             Ok(mut watch) => watch.changed(pause).await,
@@ -93,9 +94,9 @@ pub(crate) async fn run(root: PathBuf, updates: mpsc::Sender<Update>) {
 }
 
 /// Objects that are defined more than once, each said when that begins.
-fn say_repeated(report: &Report, told: Option<&Report>) {
-    let known = |repeated| told.is_some_and(|told: &Report| told.repeated.contains(repeated));
-    for repeated in report.repeated.iter().filter(|repeated| !known(repeated)) {
+fn say_repeated(findings: &Findings, told: Option<&Findings>) {
+    let known = |repeated| told.is_some_and(|told: &Findings| told.repeated.contains(repeated));
+    for repeated in findings.repeated.iter().filter(|repeated| !known(repeated)) {
         let (object, file) = repeated;
         let reason = Reason::DuplicateObject;
         match file {

@@ -23,6 +23,7 @@ mod routes;
 mod rows;
 mod segment;
 mod socket;
+mod source;
 mod status;
 mod walk;
 pub(crate) mod world;
@@ -55,6 +56,11 @@ fn within_a_node() -> Vec<Test> {
             "pods/agent-killed-among-adds",
             10,
             pods::agent_killed_among_adds,
+        ),
+        native(
+            "source/the-api-feeds-pods-and-status",
+            5,
+            source::the_api_feeds_pods_and_status,
         ),
         native("socket/survives-garbage", 10, socket::survives_garbage),
         native("socket/refuses-other-users", 2, socket::refuses_other_users),
@@ -100,6 +106,11 @@ fn within_a_node() -> Vec<Test> {
             "restart/a-change-while-the-agent-is-dead",
             10,
             audit::a_change_while_the_agent_is_dead,
+        ),
+        ipvs(
+            "source/an-api-gives-what-manifests-give",
+            10,
+            source::an_api_gives_what_manifests_give,
         ),
         ipvs("foreign/objects-survive", 10, foreign::objects_survive),
         ipvs("audit/damage-is-put-right", 20, audit::damage_is_put_right),

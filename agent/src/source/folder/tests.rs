@@ -98,7 +98,7 @@ fn by_which_link_a_folder_is_entered_is_told_by_the_names() {
         }
         f.write("b.yaml", &service("a", "10.0.0.2"));
         f.scan();
-        let (_, last) = f.folder.report().repeated.remove(0);
+        let (_, last) = f.folder.findings().repeated.remove(0);
         assert_eq!(
             last.unwrap(),
             f.dir.path().join("b.yaml"),
@@ -210,7 +210,7 @@ fn a_broken_definition_is_one_all_the_same() {
     let wrong = good.replace("port: 80", "port: http");
     let key = "Service default/a";
     let repeated = |f: &Fixture| -> Vec<(String, Option<PathBuf>)> {
-        let repeated = f.folder.report().repeated.into_iter();
+        let repeated = f.folder.findings().repeated.into_iter();
         repeated
             .map(|(key, path)| (key.to_string(), path))
             .collect()
@@ -249,7 +249,7 @@ fn what_is_no_file_is_named_and_never_opened() {
     std::os::unix::fs::symlink("/dev/null", path("device.json")).unwrap();
     assert_eq!(f.scan(), ["+Service default/a", "+Service default/b"]);
     assert!(f.folder.is_complete());
-    let problems = f.folder.report().problems;
+    let problems = f.folder.findings().problems;
     let said: Vec<&str> = problems.iter().map(|(_, p)| p.words.as_str()).collect();
     assert_eq!(
         said,
@@ -259,5 +259,5 @@ fn what_is_no_file_is_named_and_never_opened() {
     assert!(problems.iter().all(|(_, p)| p.fatal && !p.kept));
     fs::remove_file(f.dir.path().join("fifo.yaml")).unwrap();
     f.scan();
-    assert_eq!(f.folder.report().problems.len(), 2);
+    assert_eq!(f.folder.findings().problems.len(), 2);
 }

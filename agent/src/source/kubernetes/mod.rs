@@ -1,0 +1,143 @@
+//! The cluster as its API servers tell it.
+//!
+//! Each kind of object has a [`Reflector`] of its own. What they tell goes on at
+//! once; the source is complete when every kind was listed whole.
+
+mod reflector;
+mod servers;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+use std::collections::BTreeMap;
+
+use ferrule_model::kube::{Kind, ObjectKey};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use self::reflector::{News, Reflector, State};
+pub(crate) use self::servers::{Credentials, Servers};
+use super::{Report, Trouble, Update};
+
+/// The kinds that are followed.
+const KINDS: [Kind; 4] = [
+    Kind::Node,
+    Kind::ServiceCidr,
+    Kind::Service,
+    Kind::EndpointSlice,
+];
+
+/// News that wait to be taken; a reflector that is faster waits.
+const NEWS: usize = 8;
+
+/// Objects that cannot be read and are named one by one.
+const NAMED: usize = 50;
+
+/// Follows the cluster until the receiver of the updates is gone.
+pub(crate) async fn run(servers: Servers, updates: mpsc::Sender<Update>) {
+    let (sender, mut news) = mpsc::channel(NEWS);
+    let mut reflectors = JoinSet::new();
+    for kind in KINDS {
+        reflectors.spawn(Reflector::new(kind, servers.clone(), sender.clone()).run());
+    }
+    drop(sender);
+    let mut states: BTreeMap<Kind, State> = BTreeMap::new();
+    let mut told = Report::default();
+    let mut complete = false;
+    loop {
+        let next = tokio::select! {
+            next = news.recv() => next,
+            () = updates.closed() => None,
+        };
+        let Some(News {
+            kind,
+            events,
+            state,
+            seen,
+        }) = next
+        else {
+            return;
+        };
+        say(kind, states.get(&kind), &state);
+        states.insert(kind, state);
+        let listed = |kind: &Kind| states.get(kind).is_some_and(|state| state.listed);
+        let now_complete = KINDS.iter().all(listed);
+        let report = report(&states, &servers);
+        let is_news = report != told;
+        if events.is_empty() && !is_news && now_complete == complete {
+            continue;
+        }
+        complete = now_complete;
+        let update = Update {
+            events,
+            complete,
+            report: is_news.then(|| report.clone()),
+            seen,
+        };
+        told = report;
+        if updates.send(update).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Logs what is new about the way to a kind, once.
+fn say(kind: Kind, before: Option<&State>, now: &State) {
+    let away_before = before.and_then(|state| state.away.as_ref());
+    match (&now.away, away_before) {
+        (Some(words), before) if before != Some(words) => warn!(%kind, "the API is away: {words}"),
+        (None, Some(_)) => info!(%kind, "the API is back"),
+        (_, _) => {}
+    }
+    for (name, words) in &now.unreadable {
+        let known = before.is_some_and(|state| state.unreadable.get(name) == Some(words));
+        if !known {
+            warn!("{kind} {name}: {words}; its last good state stays in use");
+        }
+    }
+}
+
+fn report(states: &BTreeMap<Kind, State>, servers: &Servers) -> Report {
+    let mut report = Report::default();
+    // One sentence for one outage, whatever kinds it concerns.
+    let mut away: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (kind, state) in states {
+        if let Some(words) = &state.away {
+            away.entry(words).or_default().push(kind.to_string());
+        }
+        let unreadable = state.unreadable.iter().take(NAMED);
+        report.troubles.extend(unreadable.map(|(name, words)| {
+            let key = ObjectKey {
+                kind: *kind,
+                name: name.clone(),
+            };
+            Trouble {
+                object: key.to_string(),
+                problem: format!("{words}; its last good state stays in use"),
+                remedy: "correct the field".to_owned(),
+            }
+        }));
+    }
+    let address = servers.address();
+    report
+        .troubles
+        .extend(away.into_iter().map(|(words, kinds)| Trouble {
+            object: format!("Kubernetes API {address}"),
+            problem: format!("{} cannot be followed: {words}", kinds.join(", ")),
+            remedy: remedy(words).to_owned(),
+        }));
+    report
+}
+
+/// What to do about an API that is away.
+fn remedy(words: &str) -> &'static str {
+    if words.contains("401") {
+        "renew the credentials; the token of a service account is read anew by itself"
+    } else if words.contains("403") {
+        "give the agent's account the verbs list and watch on nodes, services, endpointslices \
+         and servicecidrs"
+    } else {
+        "what is programmed stays as it is; it is tried again by itself"
+    }
+}

@@ -1,0 +1,260 @@
+//! What an API server sends, decoded object by object.
+//!
+//! One object that makes no sense must not hide the others, so that a list is
+//! taken apart before its items are read, and an object that cannot be read is
+//! told by its name. Bytes that are no list or no event at all are an error: it
+//! is not known what they would have said.
+
+use std::borrow::Cow;
+
+use ferrule_model::kube::{Kind, Object, ObjectKey, namespace};
+use ferrule_model::names::ObjectName;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+
+/// Annotation of the bookmark behind the last initial event of a streaming list.
+const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+
+/// One object as the server sent it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Item {
+    /// Which one.
+    pub(crate) key: ObjectKey,
+    /// Version of the cluster's state in which it became so; may be empty in a list.
+    pub(crate) resource_version: String,
+    /// Itself, or the field that cannot be read and why.
+    pub(crate) object: Result<Box<Object>, String>,
+}
+
+/// Part of a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Page {
+    /// Its objects.
+    pub(crate) items: Vec<Item>,
+    /// Version of the state that the list shows.
+    pub(crate) resource_version: String,
+    /// Asks for the next part; `None` in the last one.
+    pub(crate) next: Option<String>,
+}
+
+/// One event of a watch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Frame {
+    /// The object exists and is like this.
+    Applied(Item),
+    /// The object is gone.
+    Deleted(Item),
+    /// Everything up to a version was sent.
+    Bookmark {
+        /// The version.
+        resource_version: String,
+        /// Nothing of a streaming list is missing now.
+        initial_end: bool,
+    },
+    /// The server gives the watch up.
+    Error(Status),
+}
+
+/// An error of the API, `meta/v1` Status.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct Status {
+    /// HTTP code.
+    pub(crate) code: u16,
+    /// One word for programs.
+    pub(crate) reason: String,
+    /// A sentence for people.
+    pub(crate) message: String,
+}
+
+#[derive(Deserialize)]
+struct ListBody<'a> {
+    metadata: ListMeta,
+    #[serde(borrow, default)]
+    items: Option<Vec<&'a RawValue>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ListMeta {
+    #[serde(default)]
+    resource_version: String,
+    #[serde(default, rename = "continue")]
+    next: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct EventBody<'a> {
+    #[serde(borrow, rename = "type")]
+    kind: Cow<'a, str>,
+    #[serde(borrow)]
+    object: &'a RawValue,
+}
+
+#[derive(Deserialize)]
+struct Head<'a> {
+    #[serde(borrow)]
+    metadata: HeadMeta<'a>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HeadMeta<'a> {
+    #[serde(borrow, default)]
+    name: Cow<'a, str>,
+    #[serde(borrow, default)]
+    namespace: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    resource_version: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+struct BookmarkBody {
+    metadata: BookmarkMeta,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct BookmarkMeta {
+    resource_version: String,
+    #[serde(default)]
+    annotations: Option<std::collections::BTreeMap<String, String>>,
+}
+
+/// Decodes a part of a list of one kind.
+///
+/// # Errors
+/// When it is no list, has no version or holds something without a name.
+pub(crate) fn page(kind: Kind, body: &[u8]) -> Result<Page, String> {
+    let list: ListBody<'_> = json(body)?;
+    let ListMeta {
+        resource_version,
+        next,
+    } = list.metadata;
+    let next = next.filter(|token| !token.is_empty());
+    if resource_version.is_empty() && next.is_none() {
+        return Err("metadata.resourceVersion: is missing in a list".to_owned());
+    }
+    let items = list.items.unwrap_or_default();
+    let items = items.into_iter().map(|raw| item(kind, raw));
+    Ok(Page {
+        items: items.collect::<Result<_, _>>()?,
+        resource_version,
+        next,
+    })
+}
+
+/// Decodes one event of a watch over one kind.
+///
+/// # Errors
+/// When it is no event, or about something without name or version.
+pub(crate) fn frame(kind: Kind, line: &[u8]) -> Result<Frame, String> {
+    let event: EventBody<'_> = json(line)?;
+    match &*event.kind {
+        "ADDED" | "MODIFIED" => Ok(Frame::Applied(versioned(item(kind, event.object)?)?)),
+        "DELETED" => Ok(Frame::Deleted(versioned(item(kind, event.object)?)?)),
+        "BOOKMARK" => {
+            let body: BookmarkBody = json(event.object.get().as_bytes())?;
+            let annotations = body.metadata.annotations.unwrap_or_default();
+            let end = annotations.get(INITIAL_EVENTS_END);
+            Ok(Frame::Bookmark {
+                resource_version: body.metadata.resource_version,
+                initial_end: end.is_some_and(|value| value == "true"),
+            })
+        }
+        "ERROR" => Ok(Frame::Error(json(event.object.get().as_bytes())?)),
+        other => Err(format!("type: {:?} is no type of event", shortened(other))),
+    }
+}
+
+fn versioned(item: Item) -> Result<Item, String> {
+    if item.resource_version.is_empty() {
+        return Err(format!("{}: has no metadata.resourceVersion", item.key));
+    }
+    Ok(item)
+}
+
+fn item(kind: Kind, raw: &RawValue) -> Result<Item, String> {
+    let head: Head<'_> = json(raw.get().as_bytes())?;
+    let HeadMeta {
+        name,
+        namespace: place,
+        resource_version,
+    } = head.metadata;
+    if name.is_empty() {
+        return Err(format!("metadata.name: is missing in a {kind}"));
+    }
+    let place = match kind {
+        Kind::Node | Kind::ServiceCidr => "",
+        Kind::Service | Kind::EndpointSlice => namespace(place.as_deref()),
+    };
+    Ok(Item {
+        key: ObjectKey {
+            kind,
+            name: ObjectName::new(place, &*name),
+        },
+        resource_version: resource_version.into_owned(),
+        object: object(kind, raw).map(Box::new),
+    })
+}
+
+fn object(kind: Kind, raw: &RawValue) -> Result<Object, String> {
+    let bytes = raw.get().as_bytes();
+    Ok(match kind {
+        Kind::Service => Object::Service(json(bytes)?),
+        Kind::EndpointSlice => Object::EndpointSlice(json(bytes)?),
+        Kind::Node => Object::Node(json(bytes)?),
+        Kind::ServiceCidr => Object::ServiceCidr(json(bytes)?),
+    })
+}
+
+/// Decodes JSON; an error names the field.
+fn json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let path = error.path().to_string();
+        let words = error.into_inner().to_string();
+        let words = words.split(" at line ").next().unwrap_or_default();
+        let words = shortened(words);
+        if path == "." {
+            words
+        } else {
+            format!("{path}: {words}")
+        }
+    })?;
+    deserializer
+        .end()
+        .map_err(|error| shortened(&error.to_string()))?;
+    Ok(value)
+}
+
+/// Decodes a body that is an error of the API, or makes one of what there is.
+pub(crate) fn status(code: u16, body: &[u8]) -> Status {
+    let status: Result<Status, _> = owned(body);
+    let mut status = status.unwrap_or_else(|_| Status {
+        message: shortened(&String::from_utf8_lossy(body)),
+        ..Status::default()
+    });
+    status.code = code;
+    status.message = shortened(&status.message);
+    status
+}
+
+fn owned<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, serde_json::Error> {
+    serde_json::from_slice(bytes)
+}
+
+/// What a server says stands in logs and in `status`: one line of bounded length.
+fn shortened(words: &str) -> String {
+    const LONGEST: usize = 200;
+    let mut line: String = words
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(LONGEST)
+        .collect();
+    if words.chars().count() > LONGEST {
+        line.push('…');
+    }
+    line
+}

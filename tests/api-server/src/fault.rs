@@ -1,0 +1,168 @@
+//! Ways in which a request goes wrong.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use crate::body::{Body, Part};
+
+/// What goes wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It is refused with this code, and asked to come back after so many seconds.
+    Status(u16, Option<u64>),
+    /// There is no answer.
+    Silent,
+    /// The answer begins late.
+    Late(Duration),
+    /// The body breaks off after so many bytes.
+    Break(usize),
+    /// The body ends, as if that were all, after so many bytes.
+    End(usize),
+    /// Nothing comes after so many bytes, and the connection stays open.
+    HalfOpen(usize),
+    /// After so many bytes comes something that is no JSON, then the rest.
+    Garbage(usize),
+    /// The event that stands after so many bytes is cut off, then others follow.
+    Cut(usize),
+}
+
+/// How often what goes wrong.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    random: Option<fastrand::Rng>,
+    /// In percent of the requests.
+    often: u32,
+    /// A fixed list that comes before chance.
+    next: Vec<Fault>,
+}
+
+impl Faults {
+    /// Nothing goes wrong.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// The next requests go wrong like this, one after the other.
+    #[must_use]
+    pub fn these(mut faults: Vec<Fault>) -> Self {
+        faults.reverse();
+        Self {
+            next: faults,
+            ..Self::default()
+        }
+    }
+
+    /// So many percent of the requests go wrong in any way.
+    #[must_use]
+    pub fn often(percent: u32, seed: u64) -> Self {
+        Self {
+            random: Some(fastrand::Rng::with_seed(seed)),
+            often: percent,
+            next: Vec::new(),
+        }
+    }
+
+    pub(crate) fn next(&mut self) -> Option<Fault> {
+        if let Some(fault) = self.next.pop() {
+            return Some(fault);
+        }
+        let random = self.random.as_mut()?;
+        if random.u32(0..100) >= self.often {
+            return None;
+        }
+        let bytes = random.usize(0..4000);
+        Some(match random.u32(0..14) {
+            0 => Fault::Status(429, Some(random.u64(0..5))),
+            1 => Fault::Status(401, None),
+            2 => Fault::Status(500, None),
+            3 => Fault::Status(503, Some(1)),
+            4 => Fault::Status(410, None),
+            5 => Fault::Status(403, None),
+            6 => Fault::Silent,
+            7 => Fault::Late(Duration::from_secs(random.u64(0..40))),
+            8 => Fault::Break(bytes),
+            9 => Fault::End(bytes),
+            10 => Fault::HalfOpen(bytes),
+            11 => Fault::Garbage(bytes),
+            12 => Fault::Cut(bytes),
+            _ => Fault::Status(404, None),
+        })
+    }
+}
+
+/// Lets a body go wrong.
+pub(crate) fn spoil(mut body: Body, fault: Option<Fault>) -> Body {
+    let Some(fault) = fault else {
+        return body;
+    };
+    let after = match fault {
+        Fault::Break(after)
+        | Fault::End(after)
+        | Fault::HalfOpen(after)
+        | Fault::Garbage(after)
+        | Fault::Cut(after) => after,
+        Fault::Status(..) | Fault::Silent | Fault::Late(_) => return body,
+    };
+    let (out, spoiled) = Body::channel(1);
+    tokio::spawn(async move {
+        let mut left = after;
+        let mut done = false;
+        while let Some(part) = body.next().await {
+            let Part::Bytes(bytes) = part else {
+                return;
+            };
+            if done || bytes.len() <= left {
+                left = left.saturating_sub(bytes.len());
+                if out.send(Part::Bytes(bytes)).await.is_err() {
+                    return;
+                }
+                continue;
+            }
+            done = true;
+            if at(&fault, &bytes, left, &out).await.is_err() {
+                return;
+            }
+        }
+    });
+    spoiled
+}
+
+struct Over;
+
+impl From<mpsc::error::SendError<Part>> for Over {
+    fn from(_: mpsc::error::SendError<Part>) -> Self {
+        Self
+    }
+}
+
+/// Does what goes wrong within `bytes`, `left` of which come as they are.
+async fn at(
+    fault: &Fault,
+    bytes: &Bytes,
+    left: usize,
+    out: &mpsc::Sender<Part>,
+) -> Result<(), Over> {
+    out.send(Part::Bytes(bytes.slice(..left))).await?;
+    match fault {
+        Fault::Break(_) => {
+            out.send(Part::Break).await?;
+            Err(Over)
+        }
+        Fault::End(_) => Err(Over),
+        Fault::HalfOpen(_) => {
+            out.closed().await;
+            Err(Over)
+        }
+        Fault::Garbage(_) => {
+            let garbage = Bytes::from_static(b"\xff\xfe{]\n}}\n");
+            out.send(Part::Bytes(garbage)).await?;
+            Ok(out.send(Part::Bytes(bytes.slice(left..))).await?)
+        }
+        // Each event is a part of its own.
+        Fault::Cut(_) => Ok(out.send(Part::Bytes(Bytes::from_static(b"\n"))).await?),
+        Fault::Status(..) | Fault::Silent | Fault::Late(_) => Ok(()),
+    }
+}
