@@ -25,7 +25,7 @@ use tokio::time::timeout;
 
 use super::Reconciler;
 use super::faults::now;
-use crate::source::Report;
+use crate::source::{Report, Trouble};
 
 /// How long an answer may take before an older one is given.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -130,31 +130,27 @@ impl Source {
     }
 
     fn problems(&mut self, complete: bool) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        for trouble in &self.report.troubles {
-            problems.push((
-                trouble.object.clone(),
-                trouble.problem.clone(),
-                trouble.remedy.clone(),
-            ));
-        }
+        let mut troubles = self.report.troubles.clone();
         if !complete {
-            problems.push((
-                self.name.clone(),
-                "not everything could be read yet: nothing is removed from the kernel".to_owned(),
-                "see the problems of the source; it goes on by itself when they are over"
+            troubles.push(Trouble {
+                object: self.name.clone(),
+                problem: "not everything could be read yet: nothing is removed from the kernel"
                     .to_owned(),
-            ));
+                remedy: "see the problems of the source; it goes on by itself when they are over"
+                    .to_owned(),
+                since: None,
+            });
         }
         let before = std::mem::take(&mut self.since);
-        let in_full = problems.into_iter().map(|(object, problem, remedy)| {
-            let key = format!("{object} {problem}");
-            let since = before.get(&key).copied().unwrap_or_else(now);
+        let in_full = troubles.into_iter().map(|trouble| {
+            let key = format!("{} {}", trouble.object, trouble.problem);
+            let told = before.get(&key).copied();
+            let since = trouble.since.or(told).unwrap_or_else(now);
             self.since.insert(key, since);
             Problem {
-                object,
-                problem,
-                remedy,
+                object: trouble.object,
+                problem: trouble.problem,
+                remedy: trouble.remedy,
                 since,
                 attempts: 0,
             }

@@ -119,11 +119,13 @@ impl Findings {
             object: format!("manifests in {}", root.display()),
             problem: format!("the folder {words}"),
             remedy: "make the folder readable for the agent".to_owned(),
+            since: None,
         });
         let files = self.problems.iter().map(|(path, problem)| Trouble {
             object: format!("file {}", path.display()),
             problem: format!("{}; {}", problem.words, problem.effect()),
             remedy: "correct the file, or remove it".to_owned(),
+            since: None,
         });
         let read = Self {
             problems: Vec::new(),

@@ -108,4 +108,6 @@ pub(crate) struct Trouble {
     pub(crate) problem: String,
     /// What to do.
     pub(crate) remedy: String,
+    /// Since when, in seconds since 1970; `None`: since it was first told in these words.
+    pub(crate) since: Option<u64>,
 }

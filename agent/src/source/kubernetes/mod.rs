@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use self::reflector::{News, Reflector, State};
+use self::reflector::{Away, News, Reflector, State};
 pub(crate) use self::servers::{Credentials, Servers};
 use super::{Report, Trouble, Update};
 
@@ -63,7 +63,7 @@ pub(crate) async fn run(servers: Servers, updates: mpsc::Sender<Update>) {
         states.insert(kind, state);
         let listed = |kind: &Kind| states.get(kind).is_some_and(|state| state.listed);
         let now_complete = KINDS.iter().all(listed);
-        let report = report(&states, &servers);
+        let report = report(&states);
         let is_news = report != told;
         if events.is_empty() && !is_news && now_complete == complete {
             continue;
@@ -86,7 +86,9 @@ pub(crate) async fn run(servers: Servers, updates: mpsc::Sender<Update>) {
 fn say(kind: Kind, before: Option<&State>, now: &State) {
     let away_before = before.and_then(|state| state.away.as_ref());
     match (&now.away, away_before) {
-        (Some(words), before) if before != Some(words) => warn!(%kind, "the API is away: {words}"),
+        (Some(away), before) if before.is_none_or(|before| before.words != away.words) => {
+            warn!(%kind, "the API is away: {}", away.words);
+        }
         (None, Some(_)) => info!(%kind, "the API is back"),
         (_, _) => {}
     }
@@ -98,13 +100,17 @@ fn say(kind: Kind, before: Option<&State>, now: &State) {
     }
 }
 
-fn report(states: &BTreeMap<Kind, State>, servers: &Servers) -> Report {
+fn report(states: &BTreeMap<Kind, State>) -> Report {
     let mut report = Report::default();
     // One sentence for one outage, whatever kinds it concerns.
-    let mut away: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut kinds = Vec::new();
+    let mut oldest: Option<&Away> = None;
     for (kind, state) in states {
-        if let Some(words) = &state.away {
-            away.entry(words).or_default().push(kind.to_string());
+        if let Some(away) = &state.away {
+            kinds.push(kind.to_string());
+            if oldest.is_none_or(|oldest| away.since < oldest.since) {
+                oldest = Some(away);
+            }
         }
         let unreadable = state.unreadable.iter().take(NAMED);
         report.troubles.extend(unreadable.map(|(name, words)| {
@@ -116,17 +122,16 @@ fn report(states: &BTreeMap<Kind, State>, servers: &Servers) -> Report {
                 object: key.to_string(),
                 problem: format!("{words}; its last good state stays in use"),
                 remedy: "correct the field".to_owned(),
+                since: None,
             }
         }));
     }
-    let address = servers.address();
-    report
-        .troubles
-        .extend(away.into_iter().map(|(words, kinds)| Trouble {
-            object: format!("Kubernetes API {address}"),
-            problem: format!("{} cannot be followed: {words}", kinds.join(", ")),
-            remedy: remedy(words).to_owned(),
-        }));
+    report.troubles.extend(oldest.map(|away| Trouble {
+        object: "Kubernetes API".to_owned(),
+        problem: format!("{} cannot be followed: {}", kinds.join(", "), away.words),
+        remedy: remedy(&away.words).to_owned(),
+        since: Some(away.since),
+    }));
     report
 }
 

@@ -6,7 +6,7 @@
 //! the last version that was understood, so that nothing is lost in between.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::BytesMut;
 use ferrule_model::cluster::Event;
@@ -69,13 +69,22 @@ pub(super) struct News {
     pub(super) seen: Instant,
 }
 
+/// The server is away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Away {
+    /// Since when, in seconds since 1970.
+    pub(super) since: u64,
+    /// What happened at the last try.
+    pub(super) words: String,
+}
+
 /// How a reflector fares.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct State {
     /// A list was whole once.
     pub(super) listed: bool,
-    /// Why it does not hear from the server, if so.
-    pub(super) away: Option<String>,
+    /// Whether it does not hear from the server.
+    pub(super) away: Option<Away>,
     /// Objects that cannot be read, and why.
     pub(super) unreadable: BTreeMap<ObjectName, String>,
 }
@@ -195,7 +204,11 @@ impl Reflector {
                         failures = 0;
                         self.version = None;
                     }
-                    self.state.away = Some(failure.words);
+                    let before = self.state.away.take();
+                    self.state.away = Some(Away {
+                        since: before.map_or_else(now, |away| away.since),
+                        words: failure.words,
+                    });
                     let asked = failure.retry_after.unwrap_or_default();
                     grow(&mut pause).max(asked.min(LONGEST_RETRY_AFTER))
                 }
@@ -439,6 +452,12 @@ fn of_status(status: &wire::Status) -> Broken {
     failed(&format!(
         "the server gave the watch up: {code} {reason}: {message}"
     ))
+}
+
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// Returns the pause with a random part, and doubles it.
