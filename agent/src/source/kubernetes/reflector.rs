@@ -190,7 +190,10 @@ impl Reflector {
                     }
                     grow(&mut pause)
                 }
-                Err(Broken::NoSuchKind(failure)) if self.kind == Kind::ServiceCidr => {
+                // A server that has told of some has the kind, whatever it says now.
+                Err(Broken::NoSuchKind(failure))
+                    if self.kind == Kind::ServiceCidr && self.known.is_empty() =>
+                {
                     debug!(kind = %self.kind, "not served: {}", failure.words);
                     if self.finish_list(&BTreeSet::new(), None).await.is_err() {
                         return;

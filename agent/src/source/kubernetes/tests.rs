@@ -36,6 +36,13 @@ fn node(name: &str, number: u32) -> Value {
     })
 }
 
+fn range(name: &str, number: u32) -> Value {
+    json!({
+        "kind": "ServiceCIDR", "apiVersion": "networking.k8s.io/v1", "metadata": {"name": name},
+        "spec": {"cidrs": [format!("10.{number}.0.0/16")]},
+    })
+}
+
 fn service(name: &str, number: u32) -> Value {
     json!({
         "kind": "Service", "apiVersion": "v1", "metadata": {"name": name, "namespace": "shop"},
@@ -189,7 +196,7 @@ async fn what_went_while_nobody_looked_is_told_as_gone() {
     let mut listener = Listener::to(&server);
     listener.until_equal(&server).await;
     // Away: every request is refused, and the watches of before end.
-    server.set_faults(Faults::often(100, 7));
+    server.set_faults(Faults::these(vec![Fault::Status(503, None); 10_000]));
     listener.listen(Duration::from_mins(5)).await;
     assert!(
         !listener.report.troubles.is_empty(),
@@ -296,6 +303,7 @@ async fn a_server_that_misbehaves_is_outlived() {
             let number = random.u32(0..200);
             match random.u32(0..10) {
                 0..4 => drop(server.put(service(&format!("s{number}"), random.u32(..)))),
+                4..6 if number < 20 => drop(server.put(range(&format!("r{number}"), number))),
                 4..6 => drop(server.put(node(&format!("n{number}"), random.u32(..)))),
                 6..9 => {
                     let keys: Vec<Key> = server.objects().into_keys().collect();
