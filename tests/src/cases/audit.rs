@@ -51,6 +51,20 @@ pub(super) fn status(context: &Context, node: &Node) -> anyhow::Result<Value> {
     })
 }
 
+/// Waits until something holds of what the agent says of itself.
+pub(super) fn wait_for_status(
+    context: &Context,
+    node: &Node,
+    what: &str,
+    holds: impl Fn(&Value) -> bool,
+) -> anyhow::Result<()> {
+    wait::until_ok(what, wait::SETTLED, || {
+        let told = status(context, node)?;
+        ensure!(holds(&told), "{told:#}");
+        Ok(())
+    })
+}
+
 /// The agent's metrics.
 fn metrics(node: &Node) -> anyhow::Result<String> {
     node.netns().run(|| {

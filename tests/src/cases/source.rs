@@ -7,7 +7,7 @@ use anyhow::ensure;
 use ferrule_api_server::{ApiServer, Key, Resource, Streaming};
 use serde_json::Value;
 
-use super::audit::status;
+use super::audit::wait_for_status as wait_for;
 use super::world::{self, Backend};
 use crate::api::{self, Api};
 use crate::context::Context;
@@ -103,17 +103,4 @@ fn state(node: &Node) -> anyhow::Result<[String; 3]> {
         dump::addresses(netns)?,
         dump::nft(netns, "ferrule")?,
     ])
-}
-
-fn wait_for(
-    context: &Context,
-    node: &Node,
-    what: &str,
-    holds: impl Fn(&Value) -> bool,
-) -> anyhow::Result<()> {
-    wait::until_ok(what, wait::SETTLED, || {
-        let told = status(context, node)?;
-        ensure!(holds(&told), "{told:#}");
-        Ok(())
-    })
 }

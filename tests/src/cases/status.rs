@@ -6,9 +6,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
-use serde_json::Value;
 
-use super::audit;
+use super::audit::wait_for_status as wait_for;
 use super::world::{self, Backend};
 use crate::context::Context;
 use crate::netns::Netns;
@@ -79,19 +78,6 @@ pub(super) fn docs_show_a_real_node(context: &mut Context) -> anyhow::Result<()>
             && told["drift"]["repaired"]["device"] == 1
     })?;
     check(context, &node, "broken", 1)
-}
-
-fn wait_for(
-    context: &Context,
-    node: &Node,
-    what: &str,
-    holds: impl Fn(&Value) -> bool,
-) -> anyhow::Result<()> {
-    wait::until_ok(what, wait::SETTLED, || {
-        let told = audit::status(context, node)?;
-        ensure!(holds(&told), "{told:#}");
-        Ok(())
-    })
 }
 
 /// Compares with a block of the documentation, or writes it with `UPDATE_DOCS=1`.
