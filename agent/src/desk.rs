@@ -1,12 +1,14 @@
 //! Who answers which call of the socket.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ferrule_api::status::{SocketStatus, Status};
 use ferrule_api::{Answer, Call, CallError, ErrorCode};
 
+use crate::housekeeping;
 use crate::links;
 use crate::pods::Pods;
 use crate::reconcile::Asker;
@@ -16,16 +18,19 @@ use crate::reconcile::Asker;
 pub(crate) struct Desk {
     pods: Arc<Pods>,
     asker: Asker,
+    /// Where `/proc/sys` is.
+    sysctl_root: PathBuf,
     calls: AtomicU64,
     bad_requests: AtomicU64,
     refused_connections: AtomicU64,
 }
 
 impl Desk {
-    pub(crate) fn new(pods: Arc<Pods>, asker: Asker) -> Self {
+    pub(crate) fn new(pods: Arc<Pods>, asker: Asker, sysctl_root: PathBuf) -> Self {
         Self {
             pods,
             asker,
+            sysctl_root,
             calls: AtomicU64::new(0),
             bad_requests: AtomicU64::new(0),
             refused_connections: AtomicU64::new(0),
@@ -36,7 +41,14 @@ impl Desk {
     pub(crate) async fn call(&self, call: Call) -> Answer {
         self.calls.fetch_add(1, Ordering::Relaxed);
         match call {
-            Call::Allocate { .. } | Call::Release { .. } => Arc::clone(&self.pods).call(call).await,
+            Call::Allocate(_) | Call::Release { .. } => Arc::clone(&self.pods).call(call).await,
+            Call::Ready => self.ready(call).await,
+            Call::Tidy => match housekeeping::tidy(&self.pods, self.pods.started()).await {
+                Ok(()) => Answer::Tidied,
+                Err(error) => internal(format!(
+                    "leases cannot be compared with pods' interfaces: {error:#}"
+                )),
+            },
             Call::Status => match self.status().await {
                 Some(status) => Answer::Status(status),
                 None => busy(),
@@ -52,6 +64,20 @@ impl Desk {
                 });
                 Arc::clone(&self.pods).rows(after, counters).await
             }
+        }
+    }
+
+    /// Whether pods can be made, and whether those that are there have a way out.
+    async fn ready(&self, call: Call) -> Answer {
+        let root = self.sysctl_root.clone();
+        let forwarding = move || ferrule_datapath::ensure_forwarding(&root);
+        match tokio::task::spawn_blocking(forwarding).await {
+            Ok(Ok(())) => Arc::clone(&self.pods).call(call).await,
+            Ok(Err(error)) => Answer::Error(CallError {
+                code: ErrorCode::Disconnected,
+                message: format!("pods cannot reach beyond this node: {error}"),
+            }),
+            Err(error) => internal(format!("the agent failed to look: {error}")),
         }
     }
 
@@ -73,6 +99,13 @@ impl Desk {
     pub(crate) fn note_refused_connection(&self) {
         self.refused_connections.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+fn internal(message: String) -> Answer {
+    Answer::Error(CallError {
+        code: ErrorCode::Internal,
+        message,
+    })
 }
 
 fn busy() -> Answer {

@@ -11,13 +11,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use ferrule_api::status::RangeStatus;
-use ferrule_api::{PodName, queue};
+use ferrule_api::{PodName, Wanted, queue};
 use ferrule_model::ipam::{ChooseError, Ledger, PodRange};
-use ferrule_model::names::Attachment;
+use ferrule_model::names::{Attachment, NetworkName};
 use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
+
+use crate::clock::Moment;
 
 /// Attachment (as JSON) to [`Record`] (as JSON).
 const LEASES: TableDefinition<'_, &str, &str> = TableDefinition::new("leases");
@@ -30,13 +33,34 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const LOCK_RETRY: Duration = Duration::from_millis(50);
 
 /// What is written about a lease.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
     /// Leased addresses.
     pub(crate) addresses: Vec<IpAddr>,
     /// The pod, where the runtime told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) pod: Option<PodName>,
+    /// The network, where the plugin told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) network: Option<NetworkName>,
+    /// Path of the pod's network namespace, where the plugin told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) netns: Option<String>,
+    /// When it was asked for last; absent in leases of older agents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) since: Option<Moment>,
+}
+
+impl Record {
+    fn of(wanted: &Wanted, addresses: Vec<IpAddr>, now: Moment) -> Self {
+        Self {
+            addresses,
+            pod: wanted.pod.clone(),
+            network: wanted.network.clone(),
+            netns: wanted.netns.clone(),
+            since: Some(now),
+        }
+    }
 }
 
 /// Why a lease could not be given or ended.
@@ -45,6 +69,16 @@ pub(crate) enum LeaseError {
     /// No address is to be had.
     #[error(transparent)]
     Choose(#[from] ChooseError),
+    /// An attachment asks for another address than it has.
+    #[error(
+        "{attachment} has a lease without address {ip}: it has to be released (DEL) before it can have others"
+    )]
+    HasOthers {
+        /// Who asks.
+        attachment: Attachment,
+        /// For what.
+        ip: IpAddr,
+    },
     /// The file could not be read or written.
     #[error("lease file {path}: {fault}")]
     Store {
@@ -144,34 +178,91 @@ impl Leases {
         info!(ranges = ranges.join(", "), "pod ranges");
     }
 
-    /// Leases one address of each range; the same ones again to who has a lease.
+    /// Leases one address of each range; the same ones again to who has a lease,
+    /// which counts as asked for `now` from then on.
     ///
     /// # Errors
     /// [`LeaseError`]; nothing is leased then.
-    pub(crate) fn allocate(
-        &self,
-        attachment: &Attachment,
-        pod: Option<PodName>,
-    ) -> Result<Vec<IpAddr>, LeaseError> {
+    pub(crate) fn allocate(&self, wanted: &Wanted, now: Moment) -> Result<Vec<IpAddr>, LeaseError> {
         let mut inner = self.lock();
-        if let Some(addresses) = inner.ledger.lease(attachment) {
-            return Ok(addresses.to_vec());
-        }
-        let addresses = inner.ledger.choose()?;
-        let record = Record {
-            addresses: addresses.clone(),
-            pod,
+        let attachment = &wanted.attachment;
+        let held = inner.ledger.lease(attachment).map(<[IpAddr]>::to_vec);
+        let addresses = match &held {
+            Some(held) => {
+                if let Some(ip) = wanted.ips.iter().find(|ip| !held.contains(ip)) {
+                    return Err(LeaseError::HasOthers {
+                        attachment: attachment.clone(),
+                        ip: *ip,
+                    });
+                }
+                held.clone()
+            }
+            None => inner.ledger.choose(&wanted.ips)?,
         };
         inner
-            .write_lease(attachment, &record)
+            .write_lease(attachment, &Record::of(wanted, addresses.clone(), now))
             .map_err(|fault| self.store_error(fault))?;
-        if let Err(error) = inner
-            .ledger
-            .record_lease(attachment.clone(), addresses.clone())
+        if held.is_none()
+            && let Err(error) = inner
+                .ledger
+                .record_lease(attachment.clone(), addresses.clone())
         {
             error!(%error, "the ledger chose an address that is leased");
         }
         Ok(addresses)
+    }
+
+    /// Records addresses that an attachment has been using without a lease.
+    /// Whether it has none, and so got one, is returned.
+    ///
+    /// # Errors
+    /// When one of them is leased to another, or the file cannot be written.
+    pub(crate) fn adopt(&self, attachment: &Attachment, record: &Record) -> anyhow::Result<bool> {
+        let mut inner = self.lock();
+        if inner.ledger.lease(attachment).is_some() {
+            return Ok(false);
+        }
+        for ip in &record.addresses {
+            if let Some(holder) = inner.ledger.holder(*ip) {
+                bail!("address {ip} is leased to {holder}, so not to {attachment}");
+            }
+        }
+        inner
+            .write_lease(attachment, record)
+            .map_err(|fault| self.store_error(fault))?;
+        inner
+            .ledger
+            .record_lease(attachment.clone(), record.addresses.clone())?;
+        Ok(true)
+    }
+
+    /// Ends a lease if its record is still one that should end, which an ADD
+    /// that came meanwhile may have changed. Whether it ended is returned.
+    ///
+    /// # Errors
+    /// When it could not be read or written; the lease then stands.
+    pub(crate) fn release_if(
+        &self,
+        attachment: &Attachment,
+        should_end: impl FnOnce(&Record) -> bool,
+    ) -> Result<bool, LeaseError> {
+        let mut inner = self.lock();
+        let Some((key, value)) = inner
+            .read(attachment)
+            .map_err(|fault| self.store_error(fault))?
+        else {
+            return Ok(false);
+        };
+        let record: Record = serde_json::from_str(&value).map_err(|fault| LeaseError::Damaged {
+            path: self.path.clone(),
+            entry: key,
+            fault,
+        })?;
+        if !should_end(&record) {
+            return Ok(false);
+        }
+        let released = inner.release(attachment);
+        released.map_err(|fault| self.store_error(fault))
     }
 
     /// Ends a lease. Whether there was one is returned.
@@ -207,6 +298,14 @@ impl Leases {
             .map_err(|fault| self.store_error(fault))?;
         queue::remove(file)?;
         Ok(released)
+    }
+
+    /// Whether an attachment without wishes could have a lease now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn has_room(&self) -> Result<(), ChooseError> {
+        self.lock().ledger.choose(&[]).map(drop)
     }
 
     /// How full each pod range is.
@@ -258,6 +357,14 @@ impl Leases {
 }
 
 impl Inner {
+    /// A lease with its key, as they stand in the file.
+    fn read(&self, attachment: &Attachment) -> Result<Option<(String, String)>, redb::Error> {
+        let key = json(attachment)?;
+        let read = self.database.begin_read()?;
+        let value = read.open_table(LEASES)?.get(&*key)?;
+        Ok(value.map(|value| (key, value.value().to_owned())))
+    }
+
     fn read_behind(
         &self,
         after: Option<&str>,
@@ -377,6 +484,10 @@ mod tests {
         }
     }
 
+    fn allocate(leases: &Leases, who: &Attachment) -> Result<Vec<IpAddr>, LeaseError> {
+        leases.allocate(&Wanted::new(who.clone()), Moment::default())
+    }
+
     fn ranges() -> Vec<PodRange> {
         ["10.1.0.0/28", "fd00:1::/124"]
             .iter()
@@ -438,7 +549,7 @@ mod tests {
                 match step {
                     Step::Add(n) => {
                         let who = attachment(n);
-                        let Ok(addresses) = open.allocate(&who, None) else {
+                        let Ok(addresses) = allocate(open, &who) else {
                             // Full is full: every address is held or in doubt.
                             prop_assert!(world.held.len() + world.doubtful.len() >= 13);
                             continue;
@@ -463,7 +574,7 @@ mod tests {
                     Step::Crash => reopen(&mut leases, &path),
                     Step::CrashBeforeAnswer(n) => {
                         let who = attachment(n);
-                        if !world.held.contains_key(&who) && open.allocate(&who, None).is_ok() {
+                        if !world.held.contains_key(&who) && allocate(open, &who).is_ok() {
                             world.doubtful.insert(who);
                         }
                         reopen(&mut leases, &path);
@@ -471,7 +582,7 @@ mod tests {
                 }
             }
             for (who, addresses) in &world.held {
-                prop_assert_eq!(&leases.as_ref().unwrap().allocate(who, None).unwrap(), addresses);
+                prop_assert_eq!(&allocate(leases.as_ref().unwrap(), who).unwrap(), addresses);
             }
         }
     }
@@ -494,19 +605,86 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let leases = Leases::open(&dir.path().join("leases.redb")).unwrap();
         leases.set_ranges(ranges());
-        let first = leases.allocate(&attachment(1), None).unwrap();
+        let first = allocate(&leases, &attachment(1)).unwrap();
         leases.release(&attachment(1)).unwrap();
         // 13 addresses in the range: the one that was released comes back last.
         for n in 2..14 {
-            assert_ne!(leases.allocate(&attachment(n), None).unwrap()[0], first[0]);
+            assert_ne!(allocate(&leases, &attachment(n)).unwrap()[0], first[0]);
         }
-        assert_eq!(leases.allocate(&attachment(14), None).unwrap(), first);
+        assert_eq!(allocate(&leases, &attachment(14)).unwrap(), first);
         assert!(matches!(
-            leases.allocate(&attachment(15), None),
+            allocate(&leases, &attachment(15)),
             Err(LeaseError::Choose(ChooseError::Exhausted {
                 capacity: 13,
                 ..
             }))
         ));
+    }
+
+    #[test]
+    fn addresses_that_are_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let leases = Leases::open(&dir.path().join("leases.redb")).unwrap();
+        leases.set_ranges(ranges());
+        let ask = |number, ips: &[&str]| {
+            let wanted = Wanted {
+                ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+                ..Wanted::new(attachment(number))
+            };
+            leases.allocate(&wanted, Moment::default())
+        };
+        let both = ask(1, &["fd00:1::9", "10.1.0.9"]).unwrap();
+        assert_eq!(
+            both,
+            [
+                "10.1.0.9".parse::<IpAddr>().unwrap(),
+                "fd00:1::9".parse().unwrap()
+            ]
+        );
+        assert_eq!(ask(1, &["10.1.0.9"]).unwrap(), both, "again");
+        assert!(matches!(
+            ask(1, &["10.1.0.8"]),
+            Err(LeaseError::HasOthers { .. })
+        ));
+        let one = ask(2, &["10.1.0.8"]).unwrap();
+        assert_eq!(one[0], "10.1.0.8".parse::<IpAddr>().unwrap());
+        assert_eq!(one.len(), 2, "the other family is chosen");
+        let error = ask(3, &["10.1.0.9"]).unwrap_err().to_string();
+        assert!(error.contains("10.1.0.9 is leased to c1/eth0"), "{error}");
+        for outside in ["10.2.0.9", "10.1.0.1", "10.1.0.15", "fd00:2::1"] {
+            let error = ask(3, &[outside]).unwrap_err().to_string();
+            assert!(error.contains("10.1.0.0/28, fd00:1::/124"), "{error}");
+        }
+        assert_eq!(leases.count(), 2, "what was refused leased nothing");
+    }
+
+    #[test]
+    fn a_lease_ends_only_while_it_should() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("leases.redb");
+        let leases = Leases::open(&path).unwrap();
+        leases.set_ranges(ranges());
+        let at = |seconds| Moment {
+            boot: "b".to_owned(),
+            seconds,
+        };
+        let old = |record: &Record| record.since == Some(at(1));
+        leases.allocate(&Wanted::new(attachment(1)), at(1)).unwrap();
+        // An ADD asks anew just before it would have ended.
+        let held = leases.allocate(&Wanted::new(attachment(1)), at(2)).unwrap();
+        assert!(!leases.release_if(&attachment(1), old).unwrap());
+        assert!(!leases.release_if(&attachment(2), |_| true).unwrap());
+        leases.allocate(&Wanted::new(attachment(1)), at(1)).unwrap();
+        assert!(leases.release_if(&attachment(1), old).unwrap());
+        assert_eq!(leases.count(), 0);
+        // What was used without a lease is leased, unless another has it.
+        let record = Record::of(&Wanted::new(attachment(3)), held, at(3));
+        assert!(leases.adopt(&attachment(3), &record).unwrap());
+        assert!(!leases.adopt(&attachment(3), &record).unwrap());
+        assert!(leases.adopt(&attachment(4), &record).is_err());
+        drop(leases);
+        let again = Leases::open(&path).unwrap();
+        assert_eq!(again.page(None, 9).unwrap()[0].2, record);
+        assert_eq!(again.count(), 1);
     }
 }

@@ -1,11 +1,18 @@
-//! Counters of pods' interfaces, as the host's end of each veth has them.
+//! Host ends of pods' veths: what the kernel has, and the little that
+//! [`crate::housekeeping`] changes about it. Making and removing them is the
+//! plugin's work.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
-use ferrule_model::ownership::HOST_VETH_PREFIX;
-use ferrule_netlink::{Error, Protocol, Socket, route};
+use ferrule_model::ownership::{HOST_VETH_PREFIX, ROUTE_PROTOCOL, owns_node_route};
+use ferrule_netlink::{Error, Protocol, RawMessage, Socket, route};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol,
+};
 
 /// What passed through an interface, seen from the pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -16,41 +23,150 @@ pub(crate) struct Counters {
     pub(crate) bytes_out: u64,
 }
 
+/// A veth whose name begins like ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct HostEnd {
+    pub(crate) index: u32,
+    pub(crate) name: String,
+    pub(crate) alias: Option<String>,
+    pub(crate) mac: Option<[u8; 6]>,
+    pub(crate) counters: Counters,
+}
+
+/// Which host ends there are, and to which addresses routes of the plugin lead over each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) ends: Vec<HostEnd>,
+    /// By index of the interface.
+    pub(crate) routes: BTreeMap<u32, BTreeSet<IpAddr>>,
+}
+
+/// Looks at everything.
+///
+/// # Errors
+/// [`Error`]; what is returned is complete.
+pub(crate) async fn look() -> Result<Seen, Error> {
+    let socket = Socket::open(Protocol::Route)?;
+    // Routes first: a pod that is made in between has an end without routes, and
+    // none has routes over an end that is not listed.
+    let question = route::encode(RouteNetlinkMessage::GetRoute(RouteMessage::default()));
+    let mut routes: BTreeMap<u32, BTreeSet<IpAddr>> = BTreeMap::new();
+    for answer in socket.dump(question).await? {
+        // A route of a kind that cannot be decoded is none of ours.
+        if let Ok(RouteNetlinkMessage::NewRoute(route)) = route::decode(&answer)
+            && let Some((index, ip)) = way_to_pod(&route)
+        {
+            routes.entry(index).or_default().insert(ip);
+        }
+    }
+    let ends = host_ends(&socket).await?;
+    Ok(Seen { ends, routes })
+}
+
 /// Counters by the name of the host's end.
 ///
 /// # Errors
 /// [`Error`]; what is returned is complete.
 pub(crate) async fn counters() -> Result<BTreeMap<String, Counters>, Error> {
-    let socket = Socket::open(Protocol::Route)?;
+    let ends = host_ends(&Socket::open(Protocol::Route)?).await?;
+    Ok(ends.into_iter().map(|e| (e.name, e.counters)).collect())
+}
+
+async fn host_ends(socket: &Socket) -> Result<Vec<HostEnd>, Error> {
     let question = route::encode(RouteNetlinkMessage::GetLink(LinkMessage::default()));
-    let mut found = BTreeMap::new();
-    for answer in socket.dump(question).await? {
-        // A device of a kind that cannot be decoded is none of ours.
-        let Ok(RouteNetlinkMessage::NewLink(link)) = route::decode(&answer) else {
-            continue;
-        };
-        let mut name = None;
-        let mut counters = Counters::default();
-        for attribute in link.attributes {
-            match attribute {
-                LinkAttribute::IfName(text) if text.starts_with(HOST_VETH_PREFIX) => {
-                    name = Some(text);
-                }
-                // What the host's end received is what the pod sent.
-                LinkAttribute::Stats64(stats) => {
-                    counters = Counters {
-                        packets_in: stats.tx_packets,
-                        packets_out: stats.rx_packets,
-                        bytes_in: stats.tx_bytes,
-                        bytes_out: stats.rx_bytes,
-                    };
-                }
-                _ => {}
+    let answers = socket.dump(question).await?;
+    // A device of a kind that cannot be decoded is none of ours.
+    let links = answers.iter().filter_map(|raw| match route::decode(raw) {
+        Ok(RouteNetlinkMessage::NewLink(link)) => Some(link),
+        _ => None,
+    });
+    Ok(links.filter_map(host_end).collect())
+}
+
+fn host_end(link: LinkMessage) -> Option<HostEnd> {
+    let mut end = HostEnd {
+        index: link.header.index,
+        ..HostEnd::default()
+    };
+    let mut veth = false;
+    for attribute in link.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => end.name = name,
+            LinkAttribute::IfAlias(alias) => end.alias = Some(alias),
+            LinkAttribute::Address(bytes) => end.mac = bytes.as_slice().try_into().ok(),
+            LinkAttribute::LinkInfo(infos) => {
+                veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
             }
-        }
-        if let Some(name) = name {
-            found.insert(name, counters);
+            // What the host's end received is what the pod sent.
+            LinkAttribute::Stats64(stats) => {
+                end.counters = Counters {
+                    packets_in: stats.tx_packets,
+                    packets_out: stats.rx_packets,
+                    bytes_in: stats.tx_bytes,
+                    bytes_out: stats.rx_bytes,
+                };
+            }
+            _ => {}
         }
     }
-    Ok(found)
+    (veth && end.name.starts_with(HOST_VETH_PREFIX)).then_some(end)
+}
+
+/// Interface and address of a route that the plugin made.
+fn way_to_pod(message: &RouteMessage) -> Option<(u32, IpAddr)> {
+    let header = &message.header;
+    let protocol = u8::from(header.protocol);
+    let (mut index, mut ip, mut gateway) = (None, None, false);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(oif) => index = Some(*oif),
+            RouteAttribute::Destination(RouteAddress::Inet(to)) => ip = Some(IpAddr::from(*to)),
+            RouteAttribute::Destination(RouteAddress::Inet6(to)) => ip = Some(IpAddr::from(*to)),
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => gateway = true,
+            _ => {}
+        }
+    }
+    let ours = protocol == ROUTE_PROTOCOL && !owns_node_route(protocol, gateway);
+    let ip = ip.filter(|ip| header.destination_prefix_length == whole(*ip))?;
+    (ours && header.table == RouteHeader::RT_TABLE_MAIN).then_some((index?, ip))
+}
+
+fn whole(ip: IpAddr) -> u8 {
+    if ip.is_ipv6() { 128 } else { 32 }
+}
+
+/// Removes an interface; one that is gone already is fine.
+///
+/// # Errors
+/// [`Error`]
+pub(crate) async fn remove(index: u32) -> Result<(), Error> {
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    let message = route::encode(RouteNetlinkMessage::DelLink(link));
+    match order(message, NLM_F_REQUEST | NLM_F_ACK).await {
+        Err(error) if error.is_not_found() => Ok(()),
+        other => other,
+    }
+}
+
+/// Makes the route to a pod's address that the plugin had made; one that is
+/// there is fine.
+///
+/// # Errors
+/// [`Error`]
+pub(crate) async fn add_route(index: u32, ip: IpAddr) -> Result<(), Error> {
+    let protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+    let message = route::out_of(index, (ip, whole(ip)), None, protocol);
+    let message = route::encode(RouteNetlinkMessage::NewRoute(message));
+    let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    match order(message, flags).await {
+        Err(error) if error.already_exists() => Ok(()),
+        other => other,
+    }
+}
+
+async fn order(message: RawMessage, flags: u16) -> Result<(), Error> {
+    let socket = Socket::open(Protocol::Route)?;
+    let results = socket.batch(vec![(message, flags)]).await;
+    results.into_iter().collect()
 }

@@ -6,8 +6,10 @@
 //! the CNI plugin from [`leases`]. [`status`] is another command: it asks a
 //! running agent how it fares.
 
+mod clock;
 mod config;
 mod desk;
+mod housekeeping;
 mod leases;
 mod links;
 mod memory;
@@ -111,6 +113,7 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
     if let Err(error) = ferrule_datapath::ensure_forwarding(&node_settings.sysctl_root) {
         tracing::error!("pods cannot reach beyond this node: {error}");
     }
+    let sysctl_root = node_settings.sysctl_root.clone();
     let pods = Arc::new(Pods::new(leases, settings.state_dir.clone(), mtu));
     let (source_name, updates, source) = sources(&settings, &config)
         .follow()
@@ -125,9 +128,10 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
     );
     let (asker, queries) = mpsc::channel(QUERIES);
     let reconciler = tokio::spawn(reconciler.run(updates, queries));
-    let desk = Arc::new(Desk::new(Arc::clone(&pods), Asker::new(asker)));
+    let desk = Arc::new(Desk::new(Arc::clone(&pods), Asker::new(asker), sysctl_root));
     tokio::spawn(metrics::serve(settings.metrics.0, Arc::clone(&desk)));
     let queue = tokio::spawn(Arc::clone(&pods).drain_queue());
+    let house = tokio::spawn(housekeeping::keep(Arc::clone(&pods)));
     tokio::select! {
         () = server.serve(desk) => {}
         _ = terminate.recv() => info!("asked to stop; services and pods stay as they are"),
@@ -135,6 +139,7 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
         result = source => result.context("the source of facts ended")?,
         result = reconciler => result.context("the reconciler ended")?,
         result = queue => result.context("the release queue ended")?,
+        result = house => result.context("the housekeeping ended")?,
     }
     Ok(())
 }

@@ -303,6 +303,12 @@ const FAMILIES: &[Family] = &[
         "reason",
         |s| &s.packets.masqueraded,
     ),
+    (
+        "ferrule_pods_tidied",
+        "Leases and pods' interfaces that were put in agreement",
+        "what",
+        |s| &s.pods.tidied,
+    ),
 ];
 
 #[cfg(test)]

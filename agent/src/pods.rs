@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferrule_api::status::{MAX_ROWS, PodRow, PodRows, cut};
-use ferrule_api::{Allocation, Answer, Call, CallError, ErrorCode, MAX_LINE, PodName, queue};
+use ferrule_api::{Allocation, Answer, Call, CallError, ErrorCode, MAX_LINE, Wanted, queue};
 use ferrule_model::address::Family;
 use ferrule_model::ipam::ChooseError;
 use ferrule_model::names::Attachment;
@@ -16,6 +16,8 @@ use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use tracing::{error, info, warn};
 
+use crate::clock::Moment;
+use crate::housekeeping::Tally;
 use crate::leases::{LeaseError, Leases, Record};
 use crate::links::Counters;
 
@@ -31,6 +33,11 @@ pub(crate) struct Pods {
     leases: Leases,
     state_dir: PathBuf,
     mtu: AtomicU32,
+    /// When this agent started.
+    started: Moment,
+    /// Pods' interfaces were compared with the leases once.
+    looked: AtomicBool,
+    tidied: Mutex<Tally>,
 }
 
 impl Pods {
@@ -39,7 +46,40 @@ impl Pods {
             leases,
             state_dir,
             mtu: AtomicU32::new(mtu),
+            started: Moment::now(),
+            looked: AtomicBool::new(false),
+            tidied: Mutex::default(),
         }
+    }
+
+    pub(crate) fn started(&self) -> &Moment {
+        &self.started
+    }
+
+    /// Whether it is known which addresses are in use without a lease.
+    pub(crate) fn has_looked(&self) -> bool {
+        self.looked.load(Ordering::Acquire)
+    }
+
+    /// Pods' interfaces have been compared with the leases: addresses can be leased.
+    pub(crate) fn note_looked(&self) {
+        self.looked.store(true, Ordering::Release);
+    }
+
+    /// Counts what housekeeping did.
+    pub(crate) fn note_tidied(&self, what: &'static str) {
+        let mut tally = self.tidied.lock().unwrap_or_else(PoisonError::into_inner);
+        *tally.0.entry(what).or_default() += 1;
+    }
+
+    /// What housekeeping did since the start, by kind.
+    pub(crate) fn tidied(&self) -> BTreeMap<String, u64> {
+        let tally = self.tidied.lock().unwrap_or_else(PoisonError::into_inner);
+        tally
+            .0
+            .iter()
+            .map(|(what, count)| ((*what).to_owned(), *count))
+            .collect()
     }
 
     pub(crate) fn leases(&self) -> &Leases {
@@ -49,12 +89,15 @@ impl Pods {
     /// Answers one call. The disk is touched, so it is done where blocking is allowed.
     pub(crate) async fn call(self: Arc<Self>, call: Call) -> Answer {
         let answer = tokio::task::spawn_blocking(move || match call {
-            Call::Allocate { attachment, pod } => self.allocate(&attachment, pod),
+            Call::Allocate(wanted) => self.allocate(&wanted),
             Call::Release { attachment } => self.release(&attachment),
-            Call::Status | Call::Frontends { .. } | Call::Pods { .. } => Err(CallError {
-                code: ErrorCode::Internal,
-                message: "the call is not about a pod".to_owned(),
-            }),
+            Call::Ready => self.ready(),
+            Call::Status | Call::Frontends { .. } | Call::Pods { .. } | Call::Tidy => {
+                Err(CallError {
+                    code: ErrorCode::Internal,
+                    message: "the call is not about a pod".to_owned(),
+                })
+            }
         });
         match answer.await {
             Ok(Ok(answer)) => answer,
@@ -108,17 +151,38 @@ impl Pods {
         Answer::Pods(page)
     }
 
-    fn allocate(&self, attachment: &Attachment, pod: Option<PodName>) -> Result<Answer, CallError> {
+    fn allocate(&self, wanted: &Wanted) -> Result<Answer, CallError> {
+        self.check_looked()?;
         let ips = self
             .leases
-            .allocate(attachment, pod.clone())
+            .allocate(wanted, Moment::now())
             .map_err(|error| call_error(&error))?;
+        let pod = wanted.pod.as_ref();
         let pod = pod.map(|pod| format!("{}/{}", pod.namespace, pod.name));
-        info!(container_id = %attachment.container_id, pod, addresses = ?ips, "address leased");
+        info!(container_id = %wanted.attachment.container_id, pod, addresses = ?ips, "address leased");
         Ok(Answer::Allocated(Allocation {
             addresses: ips.into_iter().filter_map(host_network).collect(),
             mtu: self.mtu.load(Ordering::Relaxed),
         }))
+    }
+
+    fn check_looked(&self) -> Result<(), CallError> {
+        if self.has_looked() {
+            return Ok(());
+        }
+        Err(CallError {
+            code: ErrorCode::NotReady,
+            message: "the agent does not know yet which addresses are in use on this node; if that does not pass within seconds, see its log".to_owned(),
+        })
+    }
+
+    /// Whether an address could be leased now.
+    fn ready(&self) -> Result<Answer, CallError> {
+        self.check_looked()?;
+        match self.leases.has_room() {
+            Ok(()) => Ok(Answer::Ready),
+            Err(error) => Err(call_error(&error.into())),
+        }
     }
 
     fn release(&self, attachment: &Attachment) -> Result<Answer, CallError> {
@@ -179,6 +243,7 @@ fn row(attachment: &Attachment, record: Record, counters: &BTreeMap<String, Coun
         pod,
         container_id: attachment.container_id.to_string(),
         interface: attachment.interface.to_string(),
+        network: record.network.map(String::from),
         addresses: record.addresses.iter().map(ToString::to_string).collect(),
         host_interface: counted.map(|_| device).unwrap_or_default(),
         packets_in: counted.map_or(0, |c| c.packets_in),
@@ -201,6 +266,11 @@ fn call_error(error: &LeaseError) -> CallError {
         LeaseError::Choose(ChooseError::Exhausted { .. }) => (
             ErrorCode::PoolExhausted,
             "; remove pods, or give the node a larger pod range",
+        ),
+        LeaseError::Choose(ChooseError::NotOffered { .. } | ChooseError::Taken { .. })
+        | LeaseError::HasOthers { .. } => (
+            ErrorCode::AddressTaken,
+            "; ask for another one, or for none",
         ),
         LeaseError::Store { .. } | LeaseError::Damaged { .. } => {
             (ErrorCode::Internal, "; is the disk full or read-only?")

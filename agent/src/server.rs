@@ -204,7 +204,7 @@ mod tests {
     use std::io::{BufRead as _, Write as _};
     use std::os::unix::fs::PermissionsExt as _;
 
-    use ferrule_api::{Call, Client};
+    use ferrule_api::{Call, Client, Wanted};
     use ferrule_model::ipam::PodRange;
     use ferrule_model::names::{Attachment, ContainerId, IfName};
     use tempfile::TempDir;
@@ -226,6 +226,7 @@ mod tests {
             let leases = Leases::open(&dir.path().join("leases.redb")).unwrap();
             leases.set_ranges(vec![PodRange::parse("10.1.0.0/29").unwrap()]);
             let pods = Arc::new(Pods::new(leases, dir.path().to_owned(), 1400));
+            pods.note_looked();
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(1)
                 .enable_all()
@@ -234,7 +235,7 @@ mod tests {
             let path = dir.path().join("agent.sock");
             let server = runtime.block_on(async { Server::bind(&path).unwrap() });
             let (queries, _nobody_answers) = tokio::sync::mpsc::channel(1);
-            let desk = Arc::new(Desk::new(pods, Asker::new(queries)));
+            let desk = Arc::new(Desk::new(pods, Asker::new(queries), "/proc/sys".into()));
             runtime.spawn(async move { server.serve(desk).await });
             Self {
                 dir,
@@ -276,10 +277,7 @@ mod tests {
         let f = Fixture::new();
         let mode = fs::metadata(f.socket()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        let ask = |container| Call::Allocate {
-            attachment: attachment(container),
-            pod: None,
-        };
+        let ask = |container| Call::Allocate(Box::new(Wanted::new(attachment(container))));
         let Answer::Allocated(first) = f.call(ask("a")) else {
             panic!("no lease");
         };

@@ -15,7 +15,7 @@ pub mod status;
 
 use std::net::IpAddr;
 
-use ferrule_model::names::Attachment;
+use ferrule_model::names::{Attachment, NetworkName};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
@@ -68,18 +68,17 @@ pub enum Call {
     /// Lease one address of each family that the node has a pod range for.
     ///
     /// Asked twice for one attachment, the agent gives the same addresses.
-    Allocate {
-        /// Whom the lease is for.
-        attachment: Attachment,
-        /// The pod, where the runtime told; for people who read leases.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        pod: Option<PodName>,
-    },
+    Allocate(Box<Wanted>),
+    /// Whether an [`Call::Allocate`] would work now.
+    Ready,
     /// End the lease of an attachment. Ending one that does not exist is fine.
     Release {
         /// Whose lease ends.
         attachment: Attachment,
     },
+    /// Put leases and pods' interfaces in agreement with one another, as the agent
+    /// does by itself now and then.
+    Tidy,
     /// How the node fares.
     Status,
     /// A part of the list of frontends.
@@ -94,6 +93,74 @@ pub enum Call {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<String>,
     },
+}
+
+/// What [`Call::Allocate`] asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// Whom the lease is for.
+    pub attachment: Attachment,
+    /// The pod, where the runtime told; for people who read leases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<PodName>,
+    /// The network, so that the verb GC finds its leases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkName>,
+    /// Path of the pod's network namespace: while something is there, so may the pod be.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "bounded_path"
+    )]
+    pub netns: Option<String>,
+    /// Addresses to lease, at most one of each family; the agent chooses the others.
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "bounded_ips"
+    )]
+    pub ips: Vec<IpAddr>,
+}
+
+impl Wanted {
+    /// Addresses of the agent's choice.
+    #[must_use]
+    pub fn new(attachment: Attachment) -> Self {
+        Self {
+            attachment,
+            pod: None,
+            network: None,
+            netns: None,
+            ips: Vec::new(),
+        }
+    }
+}
+
+/// Longest path that the kernel takes, in bytes (`PATH_MAX`).
+const MAX_PATH: usize = 4096;
+
+fn bounded_path<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<String>, D::Error> {
+    let path = Option::<String>::deserialize(deserializer)?;
+    match path {
+        Some(path) if path.len() > MAX_PATH => Err(serde::de::Error::custom(format!(
+            "a path of {} bytes; the kernel takes {MAX_PATH} at most",
+            path.len()
+        ))),
+        path => Ok(path),
+    }
+}
+
+fn bounded_ips<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<IpAddr>, D::Error> {
+    let ips = Vec::<IpAddr>::deserialize(deserializer)?;
+    let ipv6 = ips.iter().filter(|ip| ip.is_ipv6()).count();
+    if ipv6 > 1 || ips.len() - ipv6 > 1 {
+        return Err(serde::de::Error::custom(
+            "two addresses of one family; a pod has one of each",
+        ));
+    }
+    Ok(ips)
 }
 
 /// Namespace and name of a pod, as a runtime passes them in `CNI_ARGS`.
@@ -151,6 +218,10 @@ pub enum Answer {
     Allocated(Allocation),
     /// To [`Call::Release`]; the release is on disk.
     Released,
+    /// To [`Call::Ready`]: it would.
+    Ready,
+    /// To [`Call::Tidy`].
+    Tidied,
     /// To [`Call::Status`].
     Status(Box<Status>),
     /// To [`Call::Frontends`].
@@ -198,6 +269,10 @@ pub enum ErrorCode {
     NotReady,
     /// Every address of a pod range is leased.
     PoolExhausted,
+    /// An address that was asked for is leased to another, or no pod range offers it.
+    AddressTaken,
+    /// To [`Call::Ready`]: pods that are there may be cut off as well.
+    Disconnected,
     /// The agent could not write to its disk, or another fault of its own.
     Internal,
 }

@@ -164,6 +164,9 @@ pub struct PodStatus {
     pub leases: usize,
     /// Each pod range.
     pub ranges: Vec<RangeStatus>,
+    /// How often leases and pods' interfaces were put in agreement, by what was done.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tidied: BTreeMap<String, u64>,
 }
 
 /// One pod range.
@@ -322,6 +325,9 @@ pub struct PodRow {
     pub container_id: String,
     /// Interface in the pod.
     pub interface: String,
+    /// CNI network, where the plugin told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
     /// Its addresses.
     pub addresses: Vec<String>,
     /// The host's end; empty while it does not exist.

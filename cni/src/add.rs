@@ -5,9 +5,10 @@
 //! a `kill -9` leaves what the DEL after it finds by name and alias.
 
 use std::path::Path;
+use std::time::Duration;
 
-use ferrule_api::PodName;
-use ferrule_model::names::Attachment;
+use ferrule_api::{PodName, Wanted};
+use ferrule_model::names::{Attachment, NetworkName};
 use serde_json::Value;
 
 use crate::agent;
@@ -20,6 +21,7 @@ use crate::pair::Pair;
 use crate::report;
 use crate::sysctl;
 use crate::undo::{self, Undo};
+use crate::wishes::Wishes;
 
 /// What the runtime told about the pod.
 #[derive(Debug)]
@@ -27,7 +29,14 @@ pub(crate) struct Request<'a> {
     pub(crate) attachment: &'a Attachment,
     pub(crate) netns: &'a Path,
     pub(crate) pod: Option<PodName>,
+    pub(crate) network: &'a NetworkName,
+    pub(crate) mtu: Option<u32>,
+    pub(crate) wishes: Wishes,
 }
+
+/// How long the steps of an ADD may take together. The agent counts a lease
+/// without an interface as left behind only long after that.
+const LIMIT: Duration = Duration::from_secs(90);
 
 /// Both sides of the pair to be, checked and with nothing made yet.
 struct Sides {
@@ -45,17 +54,18 @@ pub(crate) async fn run(
     request: Request<'_>,
     print: impl FnOnce(&Value) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    if config.previous.is_some() {
-        return Err(Failure::new(
-            Code::InvalidConfiguration,
-            "the network configuration has a prevResult: ferrule makes the interface, so it must be the first plugin of the list",
-        ));
-    }
     let sides = validate(&request).await?;
     fault::reached(Step::Validated);
     let mut undo = Undo::default();
     let attachment = request.attachment;
-    match make(config, request, &sides, &mut undo, print).await {
+    let made = make(config, request, &sides, &mut undo, print);
+    let made = tokio::time::timeout(LIMIT, made).await.unwrap_or_else(|_| {
+        Err(Failure::new(
+            Code::TryAgainLater,
+            format!("ADD took more than {LIMIT:?}: is the node overloaded?"),
+        ))
+    });
+    match made {
         Ok(()) => Ok(()),
         Err(failure) => {
             let left = undo.run(config, attachment, &sides.host).await;
@@ -98,14 +108,32 @@ async fn make(
     print: impl FnOnce(&Value) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let attachment = request.attachment;
-    let allocation = agent::allocate(config, attachment, request.pod).inspect_err(|error| {
+    let netns = request.netns.to_string_lossy();
+    let wanted = Wanted {
+        attachment: attachment.clone(),
+        pod: request.pod,
+        network: Some(request.network.clone()),
+        netns: Some(netns.clone().into_owned()),
+        ips: request.wishes.ips,
+    };
+    let allocation = agent::allocate(config, wanted, request.mtu).inspect_err(|error| {
         if error.may_hold_lease() {
             undo.lease();
         }
     })?;
     undo.lease();
     fault::reached(Step::Leased);
-    let pair = Pair::new(attachment, allocation.mtu, allocation.addresses);
+    let mut pair = Pair::new(
+        attachment,
+        request.network,
+        allocation.mtu,
+        allocation.addresses,
+    );
+    if let Some(mac) = request.wishes.mac {
+        pair = pair.with_mac(mac);
+    }
+    // Before anything is made: it may be no result.
+    let result = report::added(config.version, &pair, &netns, config.previous.as_ref())?;
     make_link(attachment, sides, &pair).await?;
     undo.link();
     fault::reached(Step::LinkMade);
@@ -113,8 +141,6 @@ async fn make(
     fault::reached(Step::PodConfigured);
     configure_host(sides, &pair).await?;
     fault::reached(Step::HostConfigured);
-    let netns = request.netns.to_string_lossy();
-    let result = report::added(config.version, &pair, &netns);
     fault::reached(Step::BeforeResult);
     print(&result)
 }

@@ -1,11 +1,12 @@
 //! What the plugin wants from the agent: a lease, and its end.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use ferrule_api::queue::{self, QueueError};
-use ferrule_api::{Allocation, Answer, Call, Client, ClientError, ErrorCode, PodName};
-use ferrule_model::names::Attachment;
+use ferrule_api::{Allocation, Answer, Call, Client, ClientError, ErrorCode, Wanted};
+use ferrule_model::names::{Attachment, ContainerId, IfName, NetworkName};
 
 use crate::config::{Config, MIN_MTU_IPV6};
 use crate::failure::{Code, Failure};
@@ -17,6 +18,9 @@ const ALLOCATE_TIMEOUT: Duration = Duration::from_secs(20);
 /// For DEL, which has the queue to fall back on and should not hold up the
 /// runtime.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// For a part of a list, or a look at all of the node's interfaces.
+const LIST_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// For STATUS, which containerd asks with every poll of the kubelet.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -74,9 +78,13 @@ impl From<LeaseError> for Failure {
                 code: ErrorCode::NotReady | ErrorCode::PoolExhausted,
                 ..
             } => Code::TryAgainLater,
+            LeaseError::Refused {
+                code: ErrorCode::AddressTaken,
+                ..
+            } => Code::Taken,
             LeaseError::Call { .. }
             | LeaseError::Refused {
-                code: ErrorCode::BadRequest | ErrorCode::Internal,
+                code: ErrorCode::BadRequest | ErrorCode::Disconnected | ErrorCode::Internal,
                 ..
             }
             | LeaseError::Nonsense { .. } => Code::Agent,
@@ -89,9 +97,10 @@ impl From<LeaseError> for Failure {
 /// Leases addresses for an attachment; durable at the agent when this returns.
 pub(crate) fn allocate(
     config: &Config,
-    attachment: &Attachment,
-    pod: Option<PodName>,
+    wanted: Wanted,
+    mtu: Option<u32>,
 ) -> Result<Allocation, LeaseError> {
+    let attachment = &wanted.attachment.clone();
     let named = |source: ClientError| {
         if source.agent_is_down() {
             LeaseError::Down(source)
@@ -107,10 +116,7 @@ pub(crate) fn allocate(
     queue::withdraw(&config.state_dir, attachment)?;
     let mut client = Client::connect(&config.agent_socket, ALLOCATE_TIMEOUT).map_err(named)?;
     let answer = client
-        .call(Call::Allocate {
-            attachment: attachment.clone(),
-            pod,
-        })
+        .call(Call::Allocate(Box::new(wanted)))
         .map_err(named)?;
     let nonsense = |reason| LeaseError::Nonsense {
         attachment: attachment.clone(),
@@ -119,7 +125,7 @@ pub(crate) fn allocate(
     match answer {
         Answer::Allocated(allocation) => {
             let allocation = Allocation {
-                mtu: config.mtu.unwrap_or(allocation.mtu),
+                mtu: mtu.unwrap_or(allocation.mtu),
                 ..allocation
             };
             check(&allocation).map_err(nonsense)?;
@@ -130,9 +136,12 @@ pub(crate) fn allocate(
             code: error.code,
             message: error.message,
         }),
-        Answer::Released | Answer::Status(_) | Answer::Frontends(_) | Answer::Pods(_) => {
-            Err(nonsense("it answers another call".to_owned()))
-        }
+        Answer::Released
+        | Answer::Ready
+        | Answer::Tidied
+        | Answer::Status(_)
+        | Answer::Frontends(_)
+        | Answer::Pods(_) => Err(nonsense("it answers another call".to_owned())),
     }
 }
 
@@ -195,9 +204,14 @@ pub(crate) fn release(config: &Config, attachment: &Attachment) -> Result<Releas
     let reason = match ask_to_release(config, attachment) {
         Ok(Answer::Released) => return Ok(Released::ByAgent),
         Ok(Answer::Error(error)) => error.message,
-        Ok(Answer::Allocated(_) | Answer::Status(_) | Answer::Frontends(_) | Answer::Pods(_)) => {
-            "the agent answered another call".to_owned()
-        }
+        Ok(
+            Answer::Allocated(_)
+            | Answer::Ready
+            | Answer::Tidied
+            | Answer::Status(_)
+            | Answer::Frontends(_)
+            | Answer::Pods(_),
+        ) => "the agent answered another call".to_owned(),
         Err(error) => error.to_string(),
     };
     match queue::push(&config.state_dir, attachment) {
@@ -216,11 +230,99 @@ fn ask_to_release(config: &Config, attachment: &Attachment) -> Result<Answer, Cl
     })
 }
 
-/// The verb STATUS: whether somebody takes connections at the agent's socket.
+/// The verb STATUS: whether an ADD would work now.
 pub(crate) fn status(config: &Config) -> Result<(), Failure> {
-    Client::connect(&config.agent_socket, STATUS_TIMEOUT)
-        .map(drop)
-        .map_err(|error| Failure::new(Code::NotAvailable, error.to_string()))
+    let unavailable = |error: ClientError| Failure::new(Code::NotAvailable, error.to_string());
+    let mut client = Client::connect(&config.agent_socket, STATUS_TIMEOUT).map_err(unavailable)?;
+    match client.call(Call::Ready).map_err(unavailable)? {
+        Answer::Ready => Ok(()),
+        Answer::Error(error) => match error.code {
+            // An agent of an older release: it is there, more it cannot say.
+            ErrorCode::BadRequest => Ok(()),
+            ErrorCode::Disconnected => Err(Failure::new(Code::Disconnected, error.message)),
+            ErrorCode::NotReady
+            | ErrorCode::PoolExhausted
+            | ErrorCode::AddressTaken
+            | ErrorCode::Internal => Err(Failure::new(Code::NotAvailable, error.message)),
+        },
+        other => Err(Failure::new(Code::NotAvailable, nonsense(&other))),
+    }
+}
+
+/// Every attachment of a network that has a lease.
+pub(crate) fn leases_of(
+    config: &Config,
+    network: &NetworkName,
+) -> Result<BTreeSet<Attachment>, Failure> {
+    let failed = |error: ClientError| {
+        let code = if error.agent_is_down() {
+            Code::TryAgainLater
+        } else {
+            Code::Agent
+        };
+        Failure::new(
+            code,
+            format!("asking the agent for its leases failed: {error}"),
+        )
+    };
+    let mut client = Client::connect(&config.agent_socket, LIST_TIMEOUT).map_err(failed)?;
+    let mut leased = BTreeSet::new();
+    let mut after = None;
+    loop {
+        let rows = match client.call(Call::Pods { after }).map_err(failed)? {
+            Answer::Pods(rows) => rows,
+            Answer::Error(error) => return Err(Failure::new(Code::Agent, error.message)),
+            other => return Err(Failure::new(Code::Agent, nonsense(&other))),
+        };
+        for row in rows.rows {
+            if row.network.as_deref() != Some(network.as_str()) {
+                continue;
+            }
+            let names = ContainerId::try_from(row.container_id)
+                .and_then(|id| Ok((id, IfName::try_from(row.interface)?)));
+            let (container_id, interface) = names.map_err(|error| {
+                Failure::new(
+                    Code::Agent,
+                    format!("the agent lists a lease whose {error}"),
+                )
+            })?;
+            leased.insert(Attachment {
+                container_id,
+                interface,
+            });
+        }
+        match rows.next {
+            None => return Ok(leased),
+            next => after = next,
+        }
+    }
+}
+
+/// Has the agent put right what it can by itself.
+pub(crate) fn tidy(config: &Config) -> Result<(), Failure> {
+    let failed = |error: ClientError| Failure::new(Code::Agent, error.to_string());
+    let mut client = Client::connect(&config.agent_socket, LIST_TIMEOUT).map_err(failed)?;
+    match client.call(Call::Tidy).map_err(failed)? {
+        Answer::Tidied => Ok(()),
+        Answer::Error(error) if error.code == ErrorCode::BadRequest => Ok(()),
+        Answer::Error(error) => Err(Failure::new(Code::Agent, error.message)),
+        other => Err(Failure::new(Code::Agent, nonsense(&other))),
+    }
+}
+
+fn nonsense(answer: &Answer) -> String {
+    let kind = match answer {
+        Answer::Allocated(_) => "an allocation",
+        Answer::Released => "a release",
+        Answer::Ready => "readiness",
+        Answer::Tidied => "tidiness",
+        Answer::Status(_) => "a status",
+        Answer::Frontends(_) | Answer::Pods(_) => "a list",
+        Answer::Error(_) => "an error",
+    };
+    format!(
+        "the agent answered with {kind}, which was not asked for: install plugin and agent of the same release"
+    )
 }
 
 #[cfg(test)]

@@ -3,10 +3,13 @@
 //! Only the fields that we use are looked at: a runtime adds others, and a
 //! fault in one of those is no reason to leave a pod undeletable.
 
+use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use ferrule_model::names::{Attachment, ContainerId, IfName, NetworkName};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::failure::{Code, Failure};
@@ -21,7 +24,9 @@ const MTU_RANGE: std::ops::RangeInclusive<u32> = 68..=65535;
 /// Smallest MTU that IPv6 allows (RFC 8200).
 pub(crate) const MIN_MTU_IPV6: u32 = 1280;
 
-/// A checked network configuration.
+/// A network configuration, as far as every verb needs it. What one verb alone
+/// needs is checked when that verb asks, so that a mistake there leaves pods
+/// deletable.
 #[derive(Debug)]
 pub(crate) struct Config {
     /// Format of the result.
@@ -30,20 +35,31 @@ pub(crate) struct Config {
     pub(crate) agent_socket: PathBuf,
     /// Where releases wait for the agent.
     pub(crate) state_dir: PathBuf,
-    /// MTU to use instead of the agent's.
-    pub(crate) mtu: Option<u32>,
     /// Result of the plugin before us, or of ADD to CHECK and DEL.
     pub(crate) previous: Option<Value>,
+    /// All of it.
+    object: Value,
 }
 
+/// What every verb needs.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Wire {
     agent_socket: Option<PathBuf>,
     state_dir: Option<PathBuf>,
-    mtu: Option<u32>,
     prev_result: Option<Value>,
 }
+
+/// An interface of a container, as GC's list has it.
+#[derive(Deserialize)]
+struct WireAttachment {
+    #[serde(rename = "containerID")]
+    container_id: ContainerId,
+    ifname: IfName,
+}
+
+/// The list of what is in use; the second name is what libcni 1.2.0 called it.
+const VALID_ATTACHMENTS: [&str; 2] = ["cni.dev/valid-attachments", "cni.dev/attachments"];
 
 /// Reads standard input, or whatever stands in for it, to its end.
 pub(crate) fn read_input(input: impl Read) -> Result<Vec<u8>, Failure> {
@@ -72,18 +88,7 @@ impl Config {
         })?;
         // The version first: errors about the rest may depend on it.
         let version = SpecVersion::parse(object.get("cniVersion").and_then(Value::as_str))?;
-        let wire: Wire = serde_json::from_value(object).map_err(|error| {
-            Failure::new(
-                Code::InvalidConfiguration,
-                format!("the network configuration is not understood: {error}"),
-            )
-        })?;
-        if let Some(mtu) = wire.mtu.filter(|mtu| !MTU_RANGE.contains(mtu)) {
-            return Err(Failure::new(
-                Code::InvalidConfiguration,
-                format!("mtu of the network configuration is {mtu}: it must be 68 to 65535"),
-            ));
-        }
+        let wire: Wire = typed("", &object)?;
         Ok(Self {
             version,
             agent_socket: absolute(
@@ -92,9 +97,57 @@ impl Config {
                 ferrule_api::DEFAULT_SOCKET,
             )?,
             state_dir: absolute("stateDir", wire.state_dir, ferrule_api::DEFAULT_STATE_DIR)?,
-            mtu: wire.mtu,
             previous: wire.prev_result,
+            object,
         })
+    }
+
+    /// Name of the network, which every list has to have.
+    pub(crate) fn network(&self) -> Result<NetworkName, Failure> {
+        let name: Option<NetworkName> = self.field("name")?;
+        name.ok_or_else(|| {
+            invalid("name of the network configuration is missing: give the list one, such as \"ferrule\"".to_owned())
+        })
+    }
+
+    /// MTU to use instead of the agent's, in bytes.
+    pub(crate) fn mtu(&self) -> Result<Option<u32>, Failure> {
+        let mtu: Option<u32> = self.field("mtu")?;
+        match mtu {
+            Some(mtu) if !MTU_RANGE.contains(&mtu) => Err(invalid(format!(
+                "mtu of the network configuration is {mtu}: it must be 68 to 65535"
+            ))),
+            mtu => Ok(mtu),
+        }
+    }
+
+    /// What GC leaves alone. `null` is an empty list: so libcni writes it.
+    pub(crate) fn valid_attachments(&self) -> Result<BTreeSet<Attachment>, Failure> {
+        let given = VALID_ATTACHMENTS
+            .into_iter()
+            .find(|name| self.object.get(name).is_some());
+        let Some(name) = given else {
+            return Err(invalid(format!(
+                "{} is missing from the network configuration: without it GC cannot know what is in use",
+                VALID_ATTACHMENTS[0]
+            )));
+        };
+        let list: Option<Vec<WireAttachment>> = self.field(name)?;
+        let attachments = list.unwrap_or_default().into_iter();
+        Ok(attachments
+            .map(|wire| Attachment {
+                container_id: wire.container_id,
+                interface: wire.ifname,
+            })
+            .collect())
+    }
+
+    /// A field that one verb needs; absent and `null` are the same.
+    pub(crate) fn field<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Failure> {
+        match self.object.get(name) {
+            None => Ok(None),
+            Some(value) => typed(name, value),
+        }
     }
 
     /// The version in an input that [`Config::parse`] may have refused.
@@ -106,19 +159,50 @@ impl Config {
     }
 }
 
+/// A part of the configuration, or an error that names the field.
+fn typed<T: DeserializeOwned>(name: &str, value: &Value) -> Result<T, Failure> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        let dot = if name.is_empty() || path.starts_with('[') {
+            ""
+        } else {
+            "."
+        };
+        let field = match path.as_str() {
+            "." | "?" => name.to_owned(),
+            path => format!("{name}{dot}{path}"),
+        };
+        let field = if field.is_empty() {
+            "it".to_owned()
+        } else {
+            field
+        };
+        invalid(format!(
+            "{field} of the network configuration is not understood: {}",
+            shortened(&error.into_inner().to_string())
+        ))
+    })
+}
+
+pub(crate) fn invalid(message: String) -> Failure {
+    Failure::new(Code::InvalidConfiguration, message)
+}
+
+/// It quotes what came, and that may be long.
+fn shortened(text: &str) -> String {
+    text.chars().take(256).collect()
+}
+
 /// A path that does not depend on the folder in which the runtime starts us.
 fn absolute(field: &str, given: Option<PathBuf>, default: &str) -> Result<PathBuf, Failure> {
     let path = given.unwrap_or_else(|| Path::new(default).to_owned());
     if path.is_absolute() {
         return Ok(path);
     }
-    Err(Failure::new(
-        Code::InvalidConfiguration,
-        format!(
-            "{field} of the network configuration is {:?}: it must be an absolute path",
-            path.to_string_lossy()
-        ),
-    ))
+    Err(invalid(format!(
+        "{field} of the network configuration is {:?}: it must be an absolute path",
+        shortened(&path.to_string_lossy())
+    )))
 }
 
 #[cfg(test)]
@@ -134,7 +218,8 @@ mod tests {
         .unwrap();
         assert_eq!(config.agent_socket, Path::new(ferrule_api::DEFAULT_SOCKET));
         assert_eq!(config.state_dir, Path::new(ferrule_api::DEFAULT_STATE_DIR));
-        assert_eq!(config.mtu, None);
+        assert_eq!(config.mtu().unwrap(), None);
+        assert_eq!(config.network().unwrap().as_str(), "n");
     }
 
     #[test]
@@ -144,16 +229,6 @@ mod tests {
             ("[]", Code::IncompatibleVersion, "missing"),
             ("{}", Code::IncompatibleVersion, "missing"),
             (r#"{"cniVersion":"9"}"#, Code::IncompatibleVersion, "\"9\""),
-            (
-                r#"{"cniVersion":"1.0.0","mtu":10}"#,
-                Code::InvalidConfiguration,
-                "mtu",
-            ),
-            (
-                r#"{"cniVersion":"1.0.0","mtu":"x"}"#,
-                Code::InvalidConfiguration,
-                "x",
-            ),
             (
                 r#"{"cniVersion":"1.0.0","stateDir":"a"}"#,
                 Code::InvalidConfiguration,
@@ -169,6 +244,55 @@ mod tests {
             assert_eq!(failure.code(), code, "{input}: {failure}");
             assert!(failure.to_string().contains(word), "{input}: {failure}");
         }
+    }
+
+    /// What one verb needs is no matter of the others, and is named there.
+    #[test]
+    fn fields_of_one_verb_are_checked_by_that_verb() {
+        let with = |field: &str| {
+            let text = format!(r#"{{"cniVersion":"1.1.0",{field}}}"#);
+            Config::parse(text.as_bytes()).unwrap()
+        };
+        for (field, word) in [(r#""mtu":10"#, "mtu of"), (r#""mtu":"x""#, "mtu of")] {
+            let failure = with(field).mtu().unwrap_err();
+            assert!(failure.to_string().contains(word), "{failure}");
+        }
+        for field in [r#""name":"""#, r#""name":"a b""#, r#""name":7"#, r#""x":1"#] {
+            let failure = with(field).network().unwrap_err();
+            assert_eq!(failure.code(), Code::InvalidConfiguration);
+            assert!(failure.to_string().starts_with("name of"), "{failure}");
+        }
+    }
+
+    #[test]
+    fn what_gc_leaves_alone() {
+        let valid = |field: &str| {
+            let text = format!(r#"{{"cniVersion":"1.1.0",{field}}}"#);
+            Config::parse(text.as_bytes()).unwrap().valid_attachments()
+        };
+        let one = r#"[{"containerID":"a","ifname":"eth0"}]"#;
+        for name in VALID_ATTACHMENTS {
+            assert_eq!(valid(&format!(r#""{name}":{one}"#)).unwrap().len(), 1);
+            assert!(valid(&format!(r#""{name}":null"#)).unwrap().is_empty());
+            for (list, words) in [
+                (r#"[{"containerID":"a"}]"#, "[0]"),
+                (
+                    r#"[{"containerID":"a","ifname":"eth0"},{"containerID":"..","ifname":"x"}]"#,
+                    "[1].containerID",
+                ),
+                (r#"[{"containerID":"a","ifname":"a/b"}]"#, "[0].ifname"),
+                ("{}", name),
+            ] {
+                let failure = valid(&format!(r#""{name}":{list}"#)).unwrap_err();
+                assert!(failure.to_string().contains(words), "{failure}");
+            }
+        }
+        assert!(
+            valid(r#""name":"n""#)
+                .unwrap_err()
+                .to_string()
+                .contains("valid-attachments")
+        );
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(crate) enum Command {
     Check,
     /// Say whether ADD would work.
     Status,
+    /// Remove what is not in use any longer.
+    Gc,
     /// Report versions.
     Version,
 }
@@ -30,10 +32,7 @@ pub(crate) enum Command {
 /// Why the environment does not make a call.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum EnvironmentError {
-    /// GC is among these.
-    #[error(
-        "CNI_COMMAND is {0:?}, which this version of ferrule does not serve: it serves ADD, DEL, CHECK, STATUS and VERSION"
-    )]
+    #[error("CNI_COMMAND is {0:?}: it must be ADD, DEL, CHECK, STATUS, GC or VERSION")]
     UnknownCommand(String),
     #[error("{0} is not set: the container runtime has to set it")]
     Missing(&'static str),
@@ -85,6 +84,7 @@ impl<L: Fn(&'static str) -> Option<OsString>> Environment<L> {
             Some("DEL") => Ok(Some(Command::Del)),
             Some("CHECK") => Ok(Some(Command::Check)),
             Some("STATUS") => Ok(Some(Command::Status)),
+            Some("GC") => Ok(Some(Command::Gc)),
             Some("VERSION") => Ok(Some(Command::Version)),
             Some(other) => Err(EnvironmentError::UnknownCommand(shortened(other))),
         }
@@ -112,22 +112,26 @@ impl<L: Fn(&'static str) -> Option<OsString>> Environment<L> {
         }
     }
 
+    /// A value from `CNI_ARGS` that is not empty. Keys that we do not know are let pass,
+    /// whatever `IgnoreUnknown` says.
+    pub(crate) fn argument(&self, key: &str) -> Result<Option<String>, EnvironmentError> {
+        let arguments = self.text("CNI_ARGS")?.unwrap_or_default();
+        let found = arguments
+            .split(';')
+            .filter_map(|pair| pair.split_once('='))
+            .find_map(|(name, value)| (name == key).then_some(value))
+            .filter(|value| !value.is_empty());
+        Ok(found.map(str::to_owned))
+    }
+
     /// The pod's name from `CNI_ARGS`, where both halves of it are there.
     pub(crate) fn pod(&self) -> Result<Option<PodName>, EnvironmentError> {
-        let arguments = self.text("CNI_ARGS")?.unwrap_or_default();
-        let value = |key: &'static str| -> Result<Option<String>, EnvironmentError> {
-            let found = arguments
-                .split(';')
-                .filter_map(|pair| pair.split_once('='))
-                .find_map(|(name, value)| (name == key).then_some(value))
-                .filter(|value| !value.is_empty());
-            match found {
-                Some(value) if !is_object_name(value) => Err(EnvironmentError::PodName {
-                    key,
-                    value: shortened(value),
-                }),
-                found => Ok(found.map(str::to_owned)),
-            }
+        let value = |key: &'static str| match self.argument(key)? {
+            Some(value) if !is_object_name(&value) => Err(EnvironmentError::PodName {
+                key,
+                value: shortened(&value),
+            }),
+            found => Ok(found),
         };
         let namespace = value("K8S_POD_NAMESPACE")?;
         let name = value("K8S_POD_NAME")?;
@@ -145,7 +149,7 @@ fn is_object_name(text: &str) -> bool {
 }
 
 /// Untrusted text for a message.
-fn shortened(text: &str) -> String {
+pub(crate) fn shortened(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
@@ -170,8 +174,8 @@ mod tests {
             with(&[("CNI_COMMAND", "ADD")]).command().unwrap(),
             Some(Command::Add)
         );
-        let error = with(&[("CNI_COMMAND", "GC")]).command().unwrap_err();
-        assert!(error.to_string().contains("CNI_COMMAND is \"GC\""));
+        let error = with(&[("CNI_COMMAND", "FROB")]).command().unwrap_err();
+        assert!(error.to_string().contains("CNI_COMMAND is \"FROB\""));
         assert!(with(&[("CNI_COMMAND", "add")]).command().is_err());
     }
 

@@ -31,6 +31,8 @@ pub(crate) enum Code {
     TryAgainLater = 11,
     /// To STATUS: an ADD would fail now.
     NotAvailable = 50,
+    /// To STATUS: and pods that are there may be cut off.
+    Disconnected = 51,
     /// The agent refused, or answered what makes no sense.
     Agent = 100,
     /// Something else has the name or address that we need.

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use ferrule_model::names::Attachment;
+use ferrule_model::names::{Attachment, NetworkName};
 use ferrule_model::ownership;
 use ferrule_netlink::{Error, Protocol, Socket, route};
 use ipnetwork::IpNetwork;
@@ -99,6 +99,14 @@ impl Link {
     }
 }
 
+impl Link {
+    /// Whose host end this is, and of which network, where its alias proves it.
+    pub(crate) fn read_alias(&self) -> Option<(Attachment, Option<NetworkName>)> {
+        let alias = self.alias.as_deref().filter(|_| self.veth)?;
+        ownership::read_host_veth(&self.name, alias)
+    }
+}
+
 /// A socket into one network namespace.
 pub(crate) struct Kernel {
     socket: Socket,
@@ -125,6 +133,24 @@ impl Kernel {
                 source,
             }),
         }
+    }
+
+    /// Every veth whose name begins like those of our host ends.
+    pub(crate) async fn host_ends(&self) -> Result<Vec<Link>, KernelError> {
+        let failed = |source| KernelError::Look {
+            what: "interfaces".to_owned(),
+            source,
+        };
+        let dump = self.socket.dump(route::encode(pair::get_links()));
+        let answers = dump.await.map_err(failed)?;
+        // A device of a kind that cannot be decoded is none of ours.
+        let links = answers.iter().filter_map(|raw| match route::decode(raw) {
+            Ok(RouteNetlinkMessage::NewLink(link)) => Some(Link::parse(&link)),
+            _ => None,
+        });
+        Ok(links
+            .filter(|link| link.veth && link.name.starts_with(ownership::HOST_VETH_PREFIX))
+            .collect())
     }
 
     /// The addresses on an interface.
@@ -225,15 +251,28 @@ impl Kernel {
 
     /// Removes an interface; one that is gone already is fine.
     pub(crate) async fn delete(&self, link: &Link) -> Result<(), KernelError> {
-        let order = Order {
-            what: format!("remove interface {}", link.name),
-            message: pair::delete_link(link.index),
-            flags: NLM_F_REQUEST | NLM_F_ACK,
-        };
-        match self.carry_out(vec![order]).await {
-            Err(KernelError::Order { source, .. }) if source.is_not_found() => Ok(()),
-            other => other,
-        }
+        self.delete_all(&[link]).await.into_iter().collect()
+    }
+
+    /// Removes interfaces, each with a result of its own; one that is gone already is fine.
+    pub(crate) async fn delete_all(&self, links: &[&Link]) -> Vec<Result<(), KernelError>> {
+        let flags = NLM_F_REQUEST | NLM_F_ACK;
+        let messages = links
+            .iter()
+            .map(|link| (route::encode(pair::delete_link(link.index)), flags))
+            .collect();
+        let results = self.socket.batch(messages).await.into_iter();
+        let named = links
+            .iter()
+            .zip(results)
+            .map(|(link, result)| match result {
+                Err(source) if !source.is_not_found() => Err(KernelError::Order {
+                    what: format!("remove interface {}", link.name),
+                    source,
+                }),
+                Ok(()) | Err(_) => Ok(()),
+            });
+        named.collect()
     }
 }
 

@@ -8,8 +8,8 @@
 //! It never changes the node for services: that is the agent's work.
 //!
 //! [`environment`] and [`config`] take the call apart, one module a verb
-//! carries it out ([`add`], [`del`], [`check`], [`agent::status`],
-//! [`version::reply`]), with [`pair`] knowing what is made and [`kernel`]
+//! carries it out ([`add`], [`del`], [`check`], [`gc`], [`agent::status`],
+//! [`version::reply`]); [`wishes`] are what a runtime wants for one pod, with [`pair`] knowing what is made and [`kernel`]
 //! making it.
 
 mod add;
@@ -20,6 +20,7 @@ mod del;
 mod environment;
 mod failure;
 mod fault;
+mod gc;
 mod kernel;
 mod netns;
 mod pair;
@@ -27,6 +28,7 @@ mod report;
 mod sysctl;
 mod undo;
 mod version;
+mod wishes;
 
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -37,6 +39,7 @@ use crate::config::Config;
 use crate::environment::{Command, Environment};
 use crate::failure::{Code, Failure};
 use crate::version::SpecVersion;
+use crate::wishes::Wishes;
 
 const HELP: &str = "ferrule is a CNI plugin: a container runtime executes it, with CNI_COMMAND set, to connect pods.
 Install it in /opt/cni/bin and name it in a list in /etc/cni/net.d; for this node's state ask `ferrule-agent status`.";
@@ -85,10 +88,14 @@ where
         Command::Add => {
             let attachment = environment.attachment()?;
             let netns = environment.netns()?;
+            let network = config.network()?;
             let request = add::Request {
                 attachment: &attachment,
                 netns: &netns,
                 pod: environment.pod()?,
+                network: &network,
+                mtu: config.mtu()?,
+                wishes: Wishes::read(&config, environment)?,
             };
             runtime()?.block_on(add::run(&config, request, print))
         }
@@ -105,6 +112,10 @@ where
         Command::Status => {
             config.version.require(SpecVersion::V1_1_0, "STATUS")?;
             agent::status(&config)
+        }
+        Command::Gc => {
+            config.version.require(SpecVersion::V1_1_0, "GC")?;
+            runtime()?.block_on(gc::run(&config))
         }
         Command::Version => Ok(()),
     }

@@ -11,8 +11,9 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::RawFd;
 
-use ferrule_model::names::{Attachment, IfName};
+use ferrule_model::names::{Attachment, IfName, NetworkName};
 use ferrule_model::ownership;
+use ferrule_netlink::route as netlink_route;
 use ipnetwork::IpNetwork;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
@@ -20,9 +21,7 @@ use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
-use netlink_packet_route::route::{
-    RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
-};
+use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 /// The pods' gateways, the same on every node. Link-local, so that they clash
@@ -93,17 +92,27 @@ pub(crate) struct Pair {
 
 impl Pair {
     /// The pair of an attachment, with the addresses it has been leased.
-    pub(crate) fn new(attachment: &Attachment, mtu: u32, addresses: Vec<IpNetwork>) -> Self {
+    pub(crate) fn new(
+        attachment: &Attachment,
+        network: &NetworkName,
+        mtu: u32,
+        addresses: Vec<IpNetwork>,
+    ) -> Self {
         let host_name = ownership::host_veth_name(attachment);
         Self {
             host_mac: Mac(ownership::host_veth_mac(attachment)),
             pod_mac: Mac(ownership::pod_veth_mac(attachment)),
             host_name,
             pod_name: attachment.interface.clone(),
-            alias: ownership::host_veth_alias(attachment),
+            alias: ownership::host_veth_alias(attachment, Some(network)),
             mtu,
             addresses,
         }
+    }
+
+    /// With another MAC for the pod's end, which must not be the host end's.
+    pub(crate) fn with_mac(self, pod_mac: Mac) -> Self {
+        Self { pod_mac, ..self }
     }
 
     /// Whether the pod has an IPv6 address.
@@ -225,6 +234,11 @@ pub(crate) fn get_link(name: &str) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(link)
 }
 
+/// Asks for all interfaces of a namespace.
+pub(crate) fn get_links() -> RouteNetlinkMessage {
+    RouteNetlinkMessage::GetLink(LinkMessage::default())
+}
+
 /// Asks where packets for `ip` go.
 pub(crate) fn get_route(ip: IpAddr) -> RouteNetlinkMessage {
     let mut route = RouteMessage::default();
@@ -287,27 +301,7 @@ fn route(
     gateway: Option<IpAddr>,
     protocol: RouteProtocol,
 ) -> Order {
-    let mut message = RouteMessage::default();
-    message.header.address_family = family(destination);
-    message.header.destination_prefix_length = length;
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
-    message.header.protocol = protocol;
-    message.header.kind = RouteType::Unicast;
-    message.header.scope = match gateway {
-        None => RouteScope::Link,
-        Some(_) => RouteScope::Universe,
-    };
-    message.attributes = vec![RouteAttribute::Oif(index)];
-    if length > 0 {
-        message
-            .attributes
-            .push(RouteAttribute::Destination(destination.into()));
-    }
-    if let Some(gateway) = gateway {
-        message
-            .attributes
-            .push(RouteAttribute::Gateway(gateway.into()));
-    }
+    let message = netlink_route::out_of(index, (destination, length), gateway, protocol);
     Order {
         what: format!("add a route to {destination}/{length}"),
         message: RouteNetlinkMessage::NewRoute(message),
@@ -329,6 +323,7 @@ mod tests {
         let addresses = ["10.0.0.2/32", "fd00::2/128"];
         Pair::new(
             &attachment,
+            &NetworkName::try_from("pods".to_owned()).unwrap(),
             1450,
             addresses.map(|text| text.parse().unwrap()).to_vec(),
         )

@@ -20,15 +20,11 @@ pub(crate) enum SpecVersion {
 }
 
 impl SpecVersion {
-    /// What VERSION reports. 1.1.0 is not among them: it makes GC mandatory,
-    /// which this plugin does not serve. A configuration that says 1.1.0 is
-    /// taken all the same, because runtimes choose it without asking.
-    const REPORTED: [Self; 3] = [Self::V0_3_1, Self::V0_4_0, Self::V1_0_0];
-
+    /// What VERSION reports, and a configuration may say.
     const ALL: [Self; 4] = [Self::V0_3_1, Self::V0_4_0, Self::V1_0_0, Self::V1_1_0];
 
     /// The version in errors about calls whose own version is unknown.
-    pub(crate) const NEWEST: Self = Self::V1_0_0;
+    pub(crate) const NEWEST: Self = Self::V1_1_0;
 
     fn as_str(self) -> &'static str {
         match self {
@@ -88,7 +84,7 @@ pub(crate) fn reply(input: &[u8]) -> Value {
         .unwrap_or_else(|| SpecVersion::NEWEST.to_string());
     json!({
         "cniVersion": asked,
-        "supportedVersions": SpecVersion::REPORTED.map(SpecVersion::as_str),
+        "supportedVersions": SpecVersion::ALL.map(SpecVersion::as_str),
     })
 }
 
@@ -97,15 +93,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_versions_whose_verbs_we_serve_are_reported() {
+    fn every_version_is_reported() {
         let reply = reply(br#"{"cniVersion":"0.4.0"}"#);
         assert_eq!(reply["cniVersion"], "0.4.0");
         assert_eq!(
             reply["supportedVersions"],
-            json!(["0.3.1", "0.4.0", "1.0.0"])
+            json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"])
         );
         for input in [&b""[..], b"\xff", b"[]", b"{\"cniVersion\":1}"] {
-            assert_eq!(super::reply(input)["cniVersion"], "1.0.0");
+            assert_eq!(super::reply(input)["cniVersion"], "1.1.0");
         }
     }
 

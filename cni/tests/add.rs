@@ -94,7 +94,7 @@ fn makes_exactly_what_it_reports() {
 
     // The host's end.
     let end = link(&host_name);
-    assert_eq!(end["ifalias"], "ferrule abc eth0");
+    assert_eq!(end["ifalias"], "ferrule abc eth0 pods");
     assert_eq!(end["address"], host_mac);
     assert_eq!(end["mtu"], MTU);
     assert_eq!(end["operstate"], "UP");

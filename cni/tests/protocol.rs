@@ -26,21 +26,21 @@ fn version_needs_nothing_else() {
         let reply = run(&command, input).result();
         assert_eq!(
             reply["supportedVersions"],
-            json!(["0.3.1", "0.4.0", "1.0.0"])
+            json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"])
         );
     }
 }
 
 #[test]
-fn verbs_that_we_do_not_serve() {
-    let said = run(&[("CNI_COMMAND", "GC")], CONFIG);
+fn verbs_that_are_none() {
+    let said = run(&[("CNI_COMMAND", "FROB")], CONFIG);
     let error = said.error(4);
     assert_eq!(error["cniVersion"], "0.4.0");
     assert!(
         error["msg"]
             .as_str()
             .unwrap()
-            .contains("CNI_COMMAND is \"GC\"")
+            .contains("CNI_COMMAND is \"FROB\"")
     );
 }
 
@@ -96,7 +96,7 @@ fn files_that_are_no_pods_namespace() {
         node.call("ADD", "abc", path).error(code);
         node.assert_clean();
     }
-    node.extra = json!({"prevResult": {}});
+    node.extra = json!({"prevResult": []});
     node.call("ADD", "abc", &Pod::new().path()).error(7);
     node.assert_clean();
 }

@@ -117,6 +117,24 @@ pub enum ChooseError {
         /// Its size.
         capacity: u32,
     },
+    /// An address that was asked for is none for pods of this node.
+    #[error(
+        "address {ip} is none that this node gives to pods: it must be in {ranges}, and neither its first two nor its last"
+    )]
+    NotOffered {
+        /// What was asked for.
+        ip: IpAddr,
+        /// The ranges, for the message.
+        ranges: String,
+    },
+    /// An address that was asked for has another holder.
+    #[error("address {ip} is leased to {holder}")]
+    Taken {
+        /// What was asked for.
+        ip: IpAddr,
+        /// Who has it.
+        holder: String,
+    },
 }
 
 /// Who has which address, and which were released when.
@@ -155,19 +173,57 @@ impl Ledger {
         self.leases.iter().map(|(a, ips)| (a, ips.as_slice()))
     }
 
-    /// One free address of each range, IPv4 first. Changes nothing.
+    /// One free address of each range, IPv4 first: the one in `wanted`, if it has one of
+    /// that family. Changes nothing.
     ///
     /// # Errors
     /// [`ChooseError`]; a range that is exhausted fails the whole choice, for a
     /// pod with half of its families is worse than one that is tried again.
-    pub fn choose(&self) -> Result<Vec<IpAddr>, ChooseError> {
+    pub fn choose(&self, wanted: &[IpAddr]) -> Result<Vec<IpAddr>, ChooseError> {
         if self.ranges.is_empty() {
             return Err(ChooseError::NoRange);
         }
+        for ip in wanted {
+            self.check_wanted(*ip)?;
+        }
         self.ranges
             .iter()
-            .map(|range| self.choose_in(range))
+            .map(|range| {
+                let asked = wanted.iter().find(|ip| range.offers(**ip));
+                asked.map_or_else(|| self.choose_in(range), |ip| Ok(*ip))
+            })
             .collect()
+    }
+
+    fn check_wanted(&self, ip: IpAddr) -> Result<(), ChooseError> {
+        if !self.ranges.iter().any(|range| range.offers(ip)) {
+            let ranges: Vec<String> = self
+                .ranges
+                .iter()
+                .map(|r| r.network().to_string())
+                .collect();
+            return Err(ChooseError::NotOffered {
+                ip,
+                ranges: ranges.join(", "),
+            });
+        }
+        match self.holder(ip) {
+            Some(holder) => Err(ChooseError::Taken {
+                ip,
+                holder: holder.to_string(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Who has an address.
+    #[must_use]
+    pub fn holder(&self, ip: IpAddr) -> Option<&Attachment> {
+        if !self.leased.contains(&ip) {
+            return None;
+        }
+        let lease = self.leases.iter().find(|(_, held)| held.contains(&ip));
+        lease.map(|(attachment, _)| attachment)
     }
 
     fn choose_in(&self, range: &PodRange) -> Result<IpAddr, ChooseError> {
@@ -191,15 +247,10 @@ impl Ledger {
         ips: Vec<IpAddr>,
     ) -> Result<(), LeasedTwice> {
         for ip in &ips {
-            if self.leased.contains(ip) {
-                let holder = self
-                    .leases
-                    .iter()
-                    .find(|(_, held)| held.contains(ip))
-                    .map_or_else(|| "nobody".to_owned(), |(a, _)| a.to_string());
+            if let Some(holder) = self.holder(*ip) {
                 return Err(LeasedTwice {
                     ip: *ip,
-                    holder,
+                    holder: holder.to_string(),
                     claimant: attachment.to_string(),
                 });
             }

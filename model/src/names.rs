@@ -42,6 +42,18 @@ pub enum NameError {
         "interface name {0:?} must have 1 to 15 bytes without '/', ':' or blanks, and not be '.' or '..'"
     )]
     IfName(String),
+    /// CNI specification 1.1.0, `name` of the network configuration.
+    #[error(
+        "network name {0:?} must begin with a letter or digit, go on with letters, digits, '.', '_' or '-', and have at most 128 characters"
+    )]
+    NetworkName(String),
+}
+
+/// What container IDs and names of networks are made of.
+fn is_cni_word(text: &str) -> bool {
+    let mut bytes = text.bytes();
+    let first = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric());
+    first && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
 /// A container ID as the runtime gives it.
@@ -64,10 +76,7 @@ impl TryFrom<String> for ContainerId {
     type Error = NameError;
 
     fn try_from(text: String) -> Result<Self, NameError> {
-        let mut bytes = text.bytes();
-        let first = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric());
-        let rest = bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-        if first && rest && text.len() <= Self::MAX_LEN {
+        if is_cni_word(&text) && text.len() <= Self::MAX_LEN {
             Ok(Self(text))
         } else {
             Err(NameError::ContainerId(text))
@@ -82,6 +91,47 @@ impl From<ContainerId> for String {
 }
 
 impl fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Name of a CNI network: the `name` of its configuration list. Attachments of several
+/// networks may be one agent's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct NetworkName(String);
+
+impl NetworkName {
+    /// Longer names are refused: they reach the alias of an interface.
+    pub const MAX_LEN: usize = 128;
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for NetworkName {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        if is_cni_word(&text) && text.len() <= Self::MAX_LEN {
+            Ok(Self(text))
+        } else {
+            Err(NameError::NetworkName(text))
+        }
+    }
+}
+
+impl From<NetworkName> for String {
+    fn from(name: NetworkName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for NetworkName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -165,6 +215,10 @@ mod tests {
             assert!(ContainerId::try_from(bad.to_owned()).is_err(), "{bad:?}");
         }
         assert!(ContainerId::try_from("a".repeat(257)).is_err());
+        assert!(NetworkName::try_from("pods_v4.1-a".to_owned()).is_ok());
+        for bad in ["", "-a", "a b", "a/b", &"a".repeat(129)] {
+            assert!(NetworkName::try_from(bad.to_owned()).is_err(), "{bad:?}");
+        }
         for good in ["eth0", "net1", "a.b", "exactly15bytes_"] {
             assert!(IfName::try_from(good.to_owned()).is_ok(), "{good}");
         }

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use sha2::{Digest as _, Sha256};
 
 use crate::address::FrontendAddr;
-use crate::names::{Attachment, IfName};
+use crate::names::{Attachment, ContainerId, IfName, NetworkName};
 
 /// The dummy device that carries the VIPs; the name that operators of
 /// kube-proxy's IPVS mode know.
@@ -81,14 +81,59 @@ fn veth_mac(attachment: &Attachment) -> [u8; 6] {
     mac
 }
 
+/// Longest `IFLA_IFALIAS` that the kernel takes, in bytes (`IFALIASZ` less the terminating zero).
+const MAX_ALIAS: usize = 255;
+
+/// Bytes of a container ID that stand in an alias in which it does not fit whole.
+const SHORT_ID: usize = 64;
+
 /// `IFLA_IFALIAS` of the host end of a pod's veth: tells an operator, and the
-/// agent after a loss of its leases, whose it is.
+/// agent after a loss of its leases, whose it is and of which network.
+///
+/// A container ID that does not fit is cut and marked with `~`, which no ID
+/// has: such an alias proves whose the veth is, but cannot be read back.
 #[must_use]
-pub fn host_veth_alias(attachment: &Attachment) -> String {
-    format!(
-        "ferrule {} {}",
-        attachment.container_id, attachment.interface
-    )
+pub fn host_veth_alias(attachment: &Attachment, network: Option<&NetworkName>) -> String {
+    let mut alias = alias_of(attachment);
+    if let Some(network) = network
+        && alias.len() + 1 + network.as_str().len() <= MAX_ALIAS
+    {
+        alias.push(' ');
+        alias.push_str(network.as_str());
+    }
+    alias
+}
+
+fn alias_of(attachment: &Attachment) -> String {
+    let id = attachment.container_id.as_str();
+    let whole = format!("ferrule {id} {}", attachment.interface);
+    if whole.len() <= MAX_ALIAS {
+        return whole;
+    }
+    // An ID is ASCII, so every offset is a boundary.
+    format!("ferrule {}~ {}", &id[..SHORT_ID], attachment.interface)
+}
+
+/// Whose veth it is, and of which network, by the name and alias of its host end.
+///
+/// `None` is for what is not provably ours, and for what we cannot read back.
+#[must_use]
+pub fn read_host_veth(name: &str, alias: &str) -> Option<(Attachment, Option<NetworkName>)> {
+    // An interface's name may have no blank, so the words are told apart.
+    let mut words = alias.split(' ');
+    if words.next() != Some("ferrule") {
+        return None;
+    }
+    let attachment = Attachment {
+        container_id: ContainerId::try_from(words.next()?.to_owned()).ok()?,
+        interface: IfName::try_from(words.next()?.to_owned()).ok()?,
+    };
+    let network = match words.next() {
+        None => None,
+        Some(word) => Some(NetworkName::try_from(word.to_owned()).ok()?),
+    };
+    let proven = words.next().is_none() && name == host_veth_name(&attachment).as_str();
+    proven.then_some((attachment, network))
 }
 
 /// Whether a veth is the host end of the one that we made for `attachment`.
@@ -105,7 +150,10 @@ pub fn owns_host_veth(
     mac: Option<[u8; 6]>,
 ) -> bool {
     let proven = match alias {
-        Some(alias) => alias == host_veth_alias(attachment),
+        // The network behind it proves nothing more.
+        Some(alias) => alias
+            .strip_prefix(&alias_of(attachment))
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with(' ')),
         None => mac == Some(host_veth_mac(attachment)),
     };
     proven && name == host_veth_name(attachment).as_str()
@@ -174,7 +222,11 @@ mod tests {
     fn a_name_without_proof_is_not_ours() {
         let a = attachment("abc", "eth0");
         let name = host_veth_name(&a);
-        let (name, alias, mac) = (name.as_str(), host_veth_alias(&a), host_veth_mac(&a));
+        let (name, alias, mac) = (name.as_str(), host_veth_alias(&a, None), host_veth_mac(&a));
+        let pods = NetworkName::try_from("pods".to_owned()).unwrap();
+        let of_network = host_veth_alias(&a, Some(&pods));
+        assert!(owns_host_veth(&a, name, Some(&of_network), None));
+        assert!(!owns_host_veth(&a, name, Some(&format!("{alias}x")), None));
         assert!(owns_host_veth(&a, name, Some(&alias), None));
         assert!(
             owns_host_veth(&a, name, None, Some(mac)),
@@ -184,5 +236,45 @@ mod tests {
         assert!(!owns_host_veth(&a, name, None, Some(pod_veth_mac(&a))));
         assert!(!owns_host_veth(&a, name, Some("uplink"), Some(mac)));
         assert!(!owns_host_veth(&a, "eth0", Some(&alias), Some(mac)));
+    }
+
+    #[test]
+    fn an_alias_is_read_back() {
+        let a = attachment("abc", "eth0");
+        let name = host_veth_name(&a);
+        let pods = NetworkName::try_from("pods".to_owned()).unwrap();
+        for network in [None, Some(pods)] {
+            let alias = host_veth_alias(&a, network.as_ref());
+            let read = read_host_veth(name.as_str(), &alias);
+            assert_eq!(read, Some((a.clone(), network)), "{alias}");
+        }
+        for alias in [
+            "",
+            "ferrule",
+            "ferrule abc",
+            "ferrule abc eth1",
+            "ferrule abc eth0 pods more",
+            "ferrule abc eth0 ",
+            "Ferrule abc eth0",
+        ] {
+            assert_eq!(read_host_veth(name.as_str(), alias), None, "{alias}");
+        }
+        assert_eq!(read_host_veth("eth0", "ferrule abc eth0"), None);
+    }
+
+    #[test]
+    fn an_alias_fits_whatever_the_id() {
+        let network = NetworkName::try_from("n".repeat(128)).unwrap();
+        for length in [64, 200, 232, 233, 234, 256] {
+            let a = attachment(&"x".repeat(length), "fifteen-bytes__");
+            let alias = host_veth_alias(&a, Some(&network));
+            assert!(alias.len() <= MAX_ALIAS, "{length}: {}", alias.len());
+            let name = host_veth_name(&a);
+            assert!(owns_host_veth(&a, name.as_str(), Some(&alias), None));
+            let other = attachment(&"x".repeat(length - 1), "fifteen-bytes__");
+            let its = host_veth_name(&other);
+            assert!(!owns_host_veth(&other, name.as_str(), Some(&alias), None));
+            assert_ne!(name, its);
+        }
     }
 }

@@ -206,6 +206,7 @@ impl Reconciler {
             pods: PodStatus {
                 leases: self.pods.leases().count(),
                 ranges: self.pods.leases().usage(),
+                tidied: self.pods.tidied(),
             },
             drift: Drift {
                 repaired: self

@@ -77,6 +77,7 @@ fn healthy() -> Status {
                 range("10.244.1.0/24", 61, 192),
                 range("fd00:10:244:1::/64", 61, 65_472),
             ],
+            tidied: BTreeMap::from([("released".to_owned(), 2)]),
         },
         drift: Drift {
             repaired: counted(&[("route", 0)]),
@@ -192,6 +193,7 @@ fn a_healthy_node() {
         pods         61 leases
                      10.244.1.0/24: 61 used, 192 free
                      fd00:10:244:1::/64: 61 used, 65472 free
+                     leases without a pod that ended: 2 since the agent started
         drift        none
         audit        round 7200: 40 of 118 virtual services compared; a full round takes 38 s at 0.3 % of a
                      core
@@ -227,6 +229,7 @@ fn a_broken_node() {
         pods         61 leases
                      10.244.1.0/24: 253 used, 0 free
                      fd00:10:244:1::/64: 61 used, 65472 free
+                     leases without a pod that ended: 2 since the agent started
         drift        3 repaired: route 1, server 2
                      last 1 min 35 s ago: route 10.244.2.0/24 was gone
         audit        round 1: 40 of 118 virtual services compared at 0.3 % of a core
@@ -296,6 +299,8 @@ fn a_narrow_terminal_wraps_and_indents() {
                      10.244.1.0/24: 253 used, 0 free
                      fd00:10:244:1::/64: 61 used,
                      65472 free
+                     leases without a pod that ended:
+                     2 since the agent started
         drift        3 repaired: route 1, server 2
                      last 1 min 35 s ago: route
                      10.244.2.0/24 was gone

@@ -355,8 +355,27 @@ fn pods(pods: &PodStatus) -> Vec<Paragraph> {
         ),
         warning: range.free == 0,
     });
-    std::iter::once(leases).chain(ranges).collect()
+    let tidied = TIDIED.iter().filter_map(|(key, words)| {
+        let times = *pods.tidied.get(*key)?;
+        Some(format!("{words}: {times} since the agent started").into())
+    });
+    std::iter::once(leases)
+        .chain(ranges)
+        .chain(tidied)
+        .collect()
 }
+
+/// What housekeeping counts, and in words.
+const TIDIED: [(&str, &str); 5] = [
+    ("adopted", "pods without a lease that got one"),
+    ("released", "leases without a pod that ended"),
+    ("removed", "half-made interfaces removed"),
+    ("routed", "lost routes to pods made anew"),
+    (
+        "failed",
+        "attempts to put leases or interfaces right that failed",
+    ),
+];
 
 fn drift(drift: &Drift, now: u64) -> Vec<Paragraph> {
     let total = drift

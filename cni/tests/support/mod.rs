@@ -23,9 +23,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use ferrule_api::status::{PodRow, PodRows};
 use ferrule_api::{Allocation, Answer, Call, CallError, Client, ErrorCode, Reply, Request};
 use ferrule_model::names::{Attachment, ContainerId, IfName};
 use ferrule_model::ownership;
+use ipnetwork::IpNetwork;
 use rustix::thread::{
     ThreadNameSpaceType, UnshareFlags, move_into_thread_name_spaces, unshare_unsafe,
 };
@@ -139,6 +141,7 @@ pub(crate) enum Mood {
 #[derive(Clone)]
 pub(crate) struct Agent {
     leases: Arc<Mutex<BTreeMap<Attachment, Allocation>>>,
+    networks: Arc<Mutex<BTreeMap<Attachment, String>>>,
     mood: Arc<Mutex<Mood>>,
 }
 
@@ -171,13 +174,21 @@ impl Agent {
     fn answer(&self, call: Call) -> Answer {
         let mut leases = self.leases.lock().unwrap();
         match call {
-            Call::Allocate { attachment, .. } => {
+            Call::Allocate(wanted) => {
                 let number = leases.len() + 2;
-                let allocation = leases.entry(attachment).or_insert_with(|| Allocation {
-                    addresses: vec![
-                        format!("10.1.0.{number}/32").parse().unwrap(),
-                        format!("fd01::{number}/128").parse().unwrap(),
-                    ],
+                let mut addresses: Vec<IpNetwork> = vec![
+                    format!("10.1.0.{number}/32").parse().unwrap(),
+                    format!("fd01::{number}/128").parse().unwrap(),
+                ];
+                for ip in wanted.ips {
+                    addresses[usize::from(ip.is_ipv6())] = IpNetwork::from(ip);
+                }
+                if let Some(network) = wanted.network {
+                    let mut networks = self.networks.lock().unwrap();
+                    networks.insert(wanted.attachment.clone(), network.to_string());
+                }
+                let allocation = leases.entry(wanted.attachment).or_insert(Allocation {
+                    addresses,
                     mtu: MTU,
                 });
                 Answer::Allocated(allocation.clone())
@@ -186,7 +197,34 @@ impl Agent {
                 leases.remove(&attachment);
                 Answer::Released
             }
-            Call::Status | Call::Frontends { .. } | Call::Pods { .. } => {
+            Call::Ready => Answer::Ready,
+            Call::Tidy => Answer::Tidied,
+            // One at a time, so that parts are put together.
+            Call::Pods { after } => {
+                let start = after.map_or(0, |text| text.parse().unwrap());
+                let mut rows = leases
+                    .iter()
+                    .skip(start)
+                    .map(|(attachment, allocation)| PodRow {
+                        pod: String::new(),
+                        container_id: attachment.container_id.to_string(),
+                        interface: attachment.interface.to_string(),
+                        network: self.networks.lock().unwrap().get(attachment).cloned(),
+                        addresses: allocation.ips().map(|ip| ip.to_string()).collect(),
+                        host_interface: String::new(),
+                        packets_in: 0,
+                        packets_out: 0,
+                        bytes_in: 0,
+                        bytes_out: 0,
+                    });
+                let row = rows.next();
+                let next = rows.next().map(|_| (start + 1).to_string());
+                Answer::Pods(PodRows {
+                    rows: row.into_iter().collect(),
+                    next,
+                })
+            }
+            Call::Status | Call::Frontends { .. } => {
                 unreachable!("the plugin does not ask for this")
             }
         }
@@ -277,6 +315,7 @@ impl Node {
             folder: tempfile::tempdir().unwrap(),
             agent: Agent {
                 leases: Arc::default(),
+                networks: Arc::default(),
                 mood: Arc::new(Mutex::new(Mood::Works)),
             },
             version: "1.0.0",

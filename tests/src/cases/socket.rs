@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use ferrule_api::status::{SocketStatus, Status};
-use ferrule_api::{Answer, Call, Client};
+use ferrule_api::{Answer, Call, Client, Wanted};
 use rustix::process::Uid;
 use rustix::thread::{set_thread_groups, set_thread_res_uid};
 
@@ -150,10 +150,7 @@ fn attack(socket: &Path, seed: u64, time: Duration, tally: &Tally) -> anyhow::Re
 fn serves(socket: &Path) -> anyhow::Result<()> {
     let mut client = Client::connect(socket, PATIENCE)?;
     let attachment = garbage::attachment(1000)?;
-    let allocate = Call::Allocate {
-        attachment: attachment.clone(),
-        pod: None,
-    };
+    let allocate = Call::Allocate(Box::new(Wanted::new(attachment.clone())));
     match client.call(allocate.clone())? {
         Answer::Allocated(first) => {
             ensure!(first.addresses.len() == 2, "{first:?}");

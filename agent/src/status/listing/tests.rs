@@ -34,6 +34,7 @@ fn pod(pod: &str, host_interface: &str) -> PodRow {
         pod: pod.to_owned(),
         container_id: "4f2a9b00c1d24f2a9b00c1d2".to_owned(),
         interface: "eth0".to_owned(),
+        network: Some("ferrule".to_owned()),
         addresses: vec!["10.244.1.7".to_owned(), "fd00:10:244:1::7".to_owned()],
         host_interface: host_interface.to_owned(),
         packets_in: 12,

@@ -3,7 +3,7 @@
 
 use anyhow::{bail, ensure};
 use ferrule_api::{
-    Answer, Call, ErrorCode, MAX_LINE, PodName, Reply, Request, VERSION, decode, encode,
+    Answer, Call, ErrorCode, MAX_LINE, PodName, Reply, Request, VERSION, Wanted, decode, encode,
 };
 use ferrule_model::names::{Attachment, ContainerId, IfName};
 use serde_json::{Value, json};
@@ -28,13 +28,13 @@ pub(super) fn call(random: &mut Random) -> anyhow::Result<Call> {
             .then(|| (*random.pick(&cursors)).to_owned())
     };
     Ok(match random.below(5) {
-        0 => Call::Allocate {
-            attachment: attachment(random.below(CONTAINERS))?,
+        0 => Call::Allocate(Box::new(Wanted {
             pod: random.chance(50).then(|| PodName {
                 namespace: "default".to_owned(),
                 name: format!("web-{}", random.below(CONTAINERS)),
             }),
-        },
+            ..Wanted::new(attachment(random.below(CONTAINERS))?)
+        })),
         1 => Call::Release {
             attachment: attachment(random.below(CONTAINERS))?,
         },
@@ -232,12 +232,12 @@ pub(super) fn check_reply(line: &[u8], call: Option<&Call>) -> anyhow::Result<()
                 "a refusal without a word: {error:?}"
             );
         }
-        (Some(Call::Allocate { .. }), Answer::Allocated(_))
+        (Some(Call::Allocate(_)), Answer::Allocated(_))
         | (Some(Call::Release { .. }), Answer::Released)
         | (Some(Call::Status), Answer::Status(_))
         | (Some(Call::Frontends { .. }), Answer::Frontends(_))
         | (Some(Call::Pods { .. }), Answer::Pods(_)) => {}
-        (Some(Call::Allocate { .. }), Answer::Error(error))
+        (Some(Call::Allocate(_)), Answer::Error(error))
             if matches!(error.code, ErrorCode::PoolExhausted | ErrorCode::NotReady) => {}
         (Some(Call::Status | Call::Frontends { .. }), Answer::Error(error))
             if error.code == ErrorCode::NotReady => {}

@@ -1,0 +1,376 @@
+//! Puts leases and pods' interfaces in agreement with one another: at the
+//! start, once a minute, and when a runtime asks for it (GC).
+//!
+//! They part when something was killed, the node was booted, a namespace was
+//! removed behind the runtime's back, or the lease file was lost. What is done
+//! about it never touches a live pod, and an ADD that is under way counts as
+//! live: [`duties`] decides from what was seen, and is pure; each duty is
+//! carried out only if the lease is still as it was then.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferrule_model::names::Attachment;
+use ferrule_model::ownership::{host_veth_name, owns_host_veth, read_host_veth};
+use tracing::{info, warn};
+
+use crate::clock::Moment;
+use crate::leases::Record;
+use crate::links::{self, HostEnd, Seen};
+use crate::pods::Pods;
+
+/// Seconds after which no ADD is under way any more. The plugin gives up after 90 s.
+const GRACE: u64 = 150;
+
+/// Time between two looks.
+const INTERVAL: Duration = Duration::from_mins(1);
+
+/// Time between two looks as long as none has succeeded: until then no address is leased.
+const FIRST_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Something to put right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Duty {
+    /// A pod that uses addresses without a lease gets one for them.
+    Adopt(Attachment, Record),
+    /// A host end that no ADD will finish is removed.
+    Remove(Attachment, u32),
+    /// A lease whose pod is gone ends.
+    Release(Attachment, Record),
+    /// The node has lost its route to a pod.
+    Route(Attachment, u32, IpAddr),
+}
+
+/// How often what was put right, by what `status` calls it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally(pub(crate) BTreeMap<&'static str, u64>);
+
+/// What there is to be done.
+///
+/// `started` is when this agent started, from which the age of leases counts
+/// that do not tell theirs; `may_live` says of a path whether a network
+/// namespace may be there.
+pub(crate) fn duties(
+    leases: &[(Attachment, Record)],
+    seen: &Seen,
+    now: &Moment,
+    started: &Moment,
+    may_live: impl Fn(&str) -> bool,
+) -> Vec<Duty> {
+    let mut duties = Vec::new();
+    let ends: BTreeMap<&str, &HostEnd> = seen.ends.iter().map(|e| (e.name.as_str(), e)).collect();
+    let none = BTreeSet::new();
+    for (attachment, record) in leases {
+        let age = now.since(record.since.as_ref().unwrap_or(started));
+        let settled = age.is_none_or(|age| age > GRACE);
+        let name = host_veth_name(attachment);
+        let end = ends
+            .get(name.as_str())
+            .filter(|end| owns_host_veth(attachment, &end.name, end.alias.as_deref(), end.mac));
+        match end {
+            _ if !settled => {}
+            None => {
+                // A namespace does not outlive a boot.
+                let lives = age.is_some() && record.netns.as_deref().is_some_and(&may_live);
+                if !lives {
+                    duties.push(Duty::Release(attachment.clone(), record.clone()));
+                }
+            }
+            // The alias is set before ADD reports: nobody uses this pod.
+            Some(end) if end.alias.is_none() => {
+                duties.push(Duty::Remove(attachment.clone(), end.index));
+                duties.push(Duty::Release(attachment.clone(), record.clone()));
+            }
+            Some(end) => {
+                let routes = seen.routes.get(&end.index).unwrap_or(&none);
+                let missing = record.addresses.iter().filter(|ip| !routes.contains(ip));
+                duties.extend(missing.map(|ip| Duty::Route(attachment.clone(), end.index, *ip)));
+            }
+        }
+    }
+    duties.extend(without_lease(leases, seen, now));
+    duties
+}
+
+/// Pods that use addresses without a lease.
+fn without_lease(
+    leases: &[(Attachment, Record)],
+    seen: &Seen,
+    now: &Moment,
+) -> impl Iterator<Item = Duty> {
+    let known: BTreeSet<&Attachment> = leases.iter().map(|(attachment, _)| attachment).collect();
+    seen.ends.iter().filter_map(move |end| {
+        let (attachment, network) = read_host_veth(&end.name, end.alias.as_deref()?)?;
+        let addresses = seen.routes.get(&end.index)?;
+        if known.contains(&attachment) {
+            return None;
+        }
+        let record = Record {
+            addresses: addresses.iter().copied().collect(),
+            pod: None,
+            network,
+            netns: None,
+            since: Some(now.clone()),
+        };
+        Some(Duty::Adopt(attachment, record))
+    })
+}
+
+/// Whether something is at a path, or may be: only a clear no counts as one.
+fn may_live(path: &str) -> bool {
+    match Path::new(path).symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// Looks once and puts right what is wrong. Until this has worked once, no
+/// address is leased: one that is in use without a lease could be chosen.
+///
+/// # Errors
+/// When something could not be seen; nothing was changed then.
+pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<()> {
+    let now = Moment::now();
+    // Leases first: a pod that comes in between has an interface without one in
+    // this list, and adopting it anew changes nothing.
+    let listed = {
+        let pods = Arc::clone(pods);
+        tokio::task::spawn_blocking(move || pods.leases().page(None, usize::MAX)).await??
+    };
+    let leases: Vec<(Attachment, Record)> = listed
+        .into_iter()
+        .map(|(_, a, record)| (a, record))
+        .collect();
+    let seen = links::look().await?;
+    let duties = duties(&leases, &seen, &now, started, may_live);
+    let mut kept = BTreeSet::new();
+    for duty in duties {
+        carry_out(pods, duty, &mut kept).await;
+    }
+    pods.note_looked();
+    Ok(())
+}
+
+/// Does one thing. What fails is told and tried again with the next look; an
+/// attachment whose interface could not be removed keeps its lease (`kept`).
+async fn carry_out(pods: &Arc<Pods>, duty: Duty, kept: &mut BTreeSet<Attachment>) {
+    let (what, attachment, result) = match duty {
+        Duty::Adopt(attachment, record) => {
+            let adopted = pods.leases().adopt(&attachment, &record);
+            ("adopted", attachment, adopted)
+        }
+        Duty::Remove(attachment, index) => {
+            let removed = links::remove(index).await;
+            if removed.is_err() {
+                kept.insert(attachment.clone());
+            }
+            let removed = removed.map(|()| true).map_err(anyhow::Error::from);
+            ("removed", attachment, removed)
+        }
+        Duty::Release(attachment, _) if kept.contains(&attachment) => return,
+        Duty::Release(attachment, record) => {
+            let unchanged = |current: &Record| *current == record;
+            let released = pods.leases().release_if(&attachment, unchanged);
+            ("released", attachment, released.map_err(Into::into))
+        }
+        Duty::Route(attachment, index, ip) => {
+            let made = links::add_route(index, ip).await;
+            let made = made.map(|()| true).map_err(anyhow::Error::from);
+            ("routed", attachment, made)
+        }
+    };
+    match result {
+        Ok(false) => {}
+        Ok(true) => {
+            pods.note_tidied(what);
+            info!(container_id = %attachment.container_id, interface = %attachment.interface, what, "put right");
+        }
+        Err(error) => {
+            pods.note_tidied("failed");
+            warn!(container_id = %attachment.container_id, interface = %attachment.interface, what, error = format!("{error:#}"), "not put right; tried again within a minute");
+        }
+    }
+}
+
+/// Looks for as long as the agent runs.
+pub(crate) async fn keep(pods: Arc<Pods>) {
+    let started = pods.started().clone();
+    loop {
+        let pause = match tidy(&pods, &started).await {
+            Ok(()) => INTERVAL,
+            Err(error) => {
+                pods.note_tidied("failed");
+                warn!(
+                    error = format!("{error:#}"),
+                    "cannot compare leases with pods' interfaces"
+                );
+                if pods.has_looked() {
+                    INTERVAL
+                } else {
+                    FIRST_INTERVAL
+                }
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ferrule_model::names::{ContainerId, IfName};
+    use ferrule_model::ownership::{host_veth_alias, host_veth_mac};
+
+    use super::*;
+
+    fn attachment(container: &str) -> Attachment {
+        Attachment {
+            container_id: ContainerId::try_from(container.to_owned()).unwrap(),
+            interface: IfName::try_from("eth0".to_owned()).unwrap(),
+        }
+    }
+
+    fn at(seconds: u64) -> Moment {
+        Moment {
+            boot: "b".to_owned(),
+            seconds,
+        }
+    }
+
+    fn record(since: Option<Moment>, netns: Option<&str>) -> Record {
+        Record {
+            addresses: vec!["10.1.0.2".parse().unwrap()],
+            pod: None,
+            network: None,
+            netns: netns.map(str::to_owned),
+            since,
+        }
+    }
+
+    fn end(container: &str, aliased: bool) -> HostEnd {
+        let attachment = attachment(container);
+        HostEnd {
+            index: 7,
+            name: host_veth_name(&attachment).to_string(),
+            alias: aliased.then(|| host_veth_alias(&attachment, None)),
+            mac: Some(host_veth_mac(&attachment)),
+            ..HostEnd::default()
+        }
+    }
+
+    fn seen(ends: Vec<HostEnd>, has_route: bool) -> Seen {
+        let mut seen = Seen {
+            ends,
+            ..Seen::default()
+        };
+        if has_route {
+            let ips = BTreeSet::from(["10.1.0.2".parse().unwrap()]);
+            seen.routes.insert(7, ips);
+        }
+        seen
+    }
+
+    /// What is done 1,000 s after the boot about one lease of "a".
+    fn about(record: &Record, seen: &Seen) -> Vec<Duty> {
+        let leases = [(attachment("a"), record.clone())];
+        duties(&leases, seen, &at(1000), &at(10), |path| path == "/lives")
+    }
+
+    #[test]
+    fn a_lease_without_a_pod_ends_when_its_pod_is_provably_gone() {
+        let released = |record: &Record| vec![Duty::Release(attachment("a"), record.clone())];
+        let nothing = seen(Vec::new(), false);
+        for gone in [
+            record(Some(at(100)), Some("/gone")),
+            record(Some(at(100)), None),
+            record(None, None),
+            // Of another boot, however young.
+            record(
+                Some(Moment {
+                    boot: "a".to_owned(),
+                    seconds: 999,
+                }),
+                Some("/lives"),
+            ),
+        ] {
+            assert_eq!(about(&gone, &nothing), released(&gone), "{gone:?}");
+        }
+        for stays in [
+            // An ADD may be at work.
+            record(Some(at(1000 - GRACE)), Some("/gone")),
+            record(Some(at(2000)), Some("/gone")),
+            record(Some(at(100)), Some("/lives")),
+        ] {
+            assert_eq!(about(&stays, &nothing), [], "{stays:?}");
+        }
+        // An older agent's lease counts from this one's start.
+        let leases = [(attachment("a"), record(None, None))];
+        let young = duties(&leases, &nothing, &at(100), &at(10), |_| false);
+        assert_eq!(young, []);
+    }
+
+    #[test]
+    fn a_live_pod_is_left_alone() {
+        let live = seen(vec![end("a", true)], true);
+        for netns in [None, Some("/gone"), Some("/lives")] {
+            assert_eq!(about(&record(Some(at(100)), netns), &live), []);
+        }
+    }
+
+    #[test]
+    fn what_no_add_will_finish_is_removed() {
+        let record = record(Some(at(100)), Some("/lives"));
+        let half = seen(vec![end("a", false)], false);
+        assert_eq!(
+            about(&record, &half),
+            [
+                Duty::Remove(attachment("a"), 7),
+                Duty::Release(attachment("a"), record.clone())
+            ]
+        );
+        let young = Record {
+            since: Some(at(900)),
+            ..record.clone()
+        };
+        assert_eq!(about(&young, &half), []);
+        // A stranger of that name is neither removed nor taken for the pod's.
+        let mut stranger = end("a", false);
+        stranger.mac = Some([2, 0, 0, 0, 0, 9]);
+        assert_eq!(about(&record, &seen(vec![stranger], false)), []);
+    }
+
+    #[test]
+    fn a_lost_route_comes_back() {
+        let record = record(Some(at(100)), Some("/lives"));
+        let ip = "10.1.0.2".parse().unwrap();
+        assert_eq!(
+            about(&record, &seen(vec![end("a", true)], false)),
+            [Duty::Route(attachment("a"), 7, ip)]
+        );
+    }
+
+    #[test]
+    fn a_pod_without_a_lease_gets_one() {
+        let found = duties(
+            &[],
+            &seen(vec![end("a", true)], true),
+            &at(50),
+            &at(40),
+            |_| true,
+        );
+        let record = record(Some(at(50)), None);
+        assert_eq!(found, [Duty::Adopt(attachment("a"), record)]);
+        // Whose veth it is has to be proven, and that it has addresses.
+        for ends in [vec![end("a", false)], Vec::new()] {
+            assert_eq!(
+                duties(&[], &seen(ends, true), &at(50), &at(40), |_| true),
+                []
+            );
+        }
+        let bare = seen(vec![end("a", true)], false);
+        assert_eq!(duties(&[], &bare, &at(50), &at(40), |_| true), []);
+    }
+}
