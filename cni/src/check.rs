@@ -11,7 +11,7 @@ use ferrule_model::ownership;
 use ipnetwork::IpNetwork;
 use serde::Deserialize;
 
-use crate::config::Config;
+use crate::config::{Config, typed};
 use crate::failure::{Code, Failure};
 use crate::kernel::{Kernel, Link};
 use crate::netns::Netns;
@@ -78,12 +78,7 @@ fn previous(config: &Config) -> Result<Previous, Failure> {
             "CHECK needs the prevResult of ADD in the network configuration: the runtime has to pass it",
         )
     })?;
-    Previous::deserialize(value).map_err(|error| {
-        Failure::new(
-            Code::InvalidConfiguration,
-            format!("prevResult of the network configuration is not understood: {error}"),
-        )
-    })
+    typed("prevResult", value)
 }
 
 impl Previous {

@@ -160,7 +160,7 @@ impl Config {
 }
 
 /// A part of the configuration, or an error that names the field.
-fn typed<T: DeserializeOwned>(name: &str, value: &Value) -> Result<T, Failure> {
+pub(crate) fn typed<T: DeserializeOwned>(name: &str, value: &Value) -> Result<T, Failure> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let path = error.path().to_string();
         let dot = if name.is_empty() || path.starts_with('[') {

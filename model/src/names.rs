@@ -39,7 +39,7 @@ pub enum NameError {
     ContainerId(String),
     /// CNI specification 1.1.0, `CNI_IFNAME`; kernel `dev_valid_name()`.
     #[error(
-        "interface name {0:?} must have 1 to 15 bytes without '/', ':' or blanks, and not be '.' or '..'"
+        "interface name {0:?} must have 1 to 15 bytes without '/', ':', '%' or blanks, and not be '.' or '..'"
     )]
     IfName(String),
     /// CNI specification 1.1.0, `name` of the network configuration.
@@ -162,7 +162,9 @@ impl TryFrom<String> for IfName {
     type Error = NameError;
 
     fn try_from(text: String) -> Result<Self, NameError> {
-        let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+        // To the kernel `%d` is a number of its choice, and other names with '%' are none.
+        let forbidden =
+            |c: char| matches!(c, '/' | ':' | '%') || c.is_whitespace() || c.is_control();
         if text.is_empty()
             || text.len() > Self::MAX_LEN
             || text == "."
@@ -228,6 +230,7 @@ mod tests {
             "..",
             "a/b",
             "a:b",
+            "eth%d",
             "a b",
             "a\tb",
             "sixteen_bytes___",

@@ -234,6 +234,11 @@ impl Agent {
         self.leases.lock().unwrap().len()
     }
 
+    /// Loses a lease.
+    pub(crate) fn forget(&self, attachment: &Attachment) {
+        self.leases.lock().unwrap().remove(attachment);
+    }
+
     pub(crate) fn set(&self, mood: Mood) {
         *self.mood.lock().unwrap() = mood;
     }
