@@ -26,6 +26,7 @@ const TRY_AGAIN: u64 = 11;
 #[derive(Debug)]
 pub struct Pod {
     netns: Netns,
+    container: String,
     plugin: PathBuf,
     ips: Vec<IpAddr>,
 }
@@ -79,6 +80,7 @@ impl Pod {
     pub fn create(context: &Context, name: &str) -> anyhow::Result<Self> {
         Ok(Self {
             netns: context.netns(name)?,
+            container: name.to_owned(),
             plugin: context.binary("ferrule")?,
             ips: Vec::new(),
         })
@@ -116,7 +118,11 @@ impl Pod {
         self.take_result(reply)
     }
 
-    fn take_result(&mut self, reply: Reply) -> anyhow::Result<Value> {
+    /// Takes the addresses of a result.
+    ///
+    /// # Errors
+    /// When the call failed.
+    pub fn take_result(&mut self, reply: Reply) -> anyhow::Result<Value> {
         let result = reply.result()?.context("ADD printed no result")?;
         self.ips = addresses(&result)?;
         Ok(result)
@@ -142,14 +148,45 @@ impl Pod {
         verb: &str,
         environment: &[(&str, &str)],
     ) -> anyhow::Result<Reply> {
-        let config = json!({
+        self.converse(node, verb, &json!({}), environment, None)
+    }
+
+    /// Likewise with further fields of the network configuration.
+    ///
+    /// # Errors
+    /// As [`Pod::call`].
+    pub fn call_with(&self, node: &Node, verb: &str, fields: &Value) -> anyhow::Result<Reply> {
+        self.converse(node, verb, fields, &[], None)
+    }
+
+    /// Likewise, and kills the plugin after a while, if it has not ended by then.
+    /// What it had printed counts only if it ended by itself.
+    ///
+    /// # Errors
+    /// As [`Pod::call`].
+    pub fn call_and_kill(&self, node: &Node, verb: &str, after: Duration) -> anyhow::Result<Reply> {
+        self.converse(node, verb, &json!({}), &[], Some(after))
+    }
+
+    fn converse(
+        &self,
+        node: &Node,
+        verb: &str,
+        fields: &Value,
+        environment: &[(&str, &str)],
+        kill_after: Option<Duration>,
+    ) -> anyhow::Result<Reply> {
+        let mut config = json!({
             "cniVersion": "1.0.0",
             "name": "ferrule",
             "type": "ferrule",
             "agentSocket": node.socket(),
             "stateDir": node.state(),
         });
-        let name = self.netns.name();
+        for (name, value) in fields.as_object().context("fields are an object")? {
+            config[name] = value.clone();
+        }
+        let name = &self.container;
         let mut command = Command::new(&self.plugin);
         // A runtime's own environment is of no use to the plugin; neither is ours.
         command
@@ -167,10 +204,14 @@ impl Pod {
             .envs(environment.iter().copied());
         let output = node
             .netns()
-            .run(|| converse(&mut command, &config.to_string()))
+            .run(|| converse(&mut command, &config.to_string(), kill_after))
             .with_context(|| format!("{verb} of {name}"))?;
-        let text = String::from_utf8(output.stdout)?;
-        let text = text.trim();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let text = if output.status.signal().is_some() {
+            ""
+        } else {
+            text.trim()
+        };
         Ok(Reply {
             status: output.status,
             output: if text.is_empty() {
@@ -181,6 +222,25 @@ impl Pod {
             },
             complaint: String::from_utf8_lossy(&output.stderr).into_owned(),
         })
+    }
+
+    /// Calls GC, which is about no pod, with these fields of the network configuration.
+    ///
+    /// # Errors
+    /// As [`Pod::call`].
+    pub fn gc(&self, node: &Node, fields: &Value) -> anyhow::Result<Reply> {
+        let absent = [
+            ("CNI_CONTAINERID", ""),
+            ("CNI_IFNAME", ""),
+            ("CNI_NETNS", ""),
+        ];
+        self.converse(node, "GC", fields, &absent, None)
+    }
+
+    /// From now on this is another container in the same namespace.
+    pub fn becomes(&mut self, container: &str) {
+        container.clone_into(&mut self.container);
+        self.ips.clear();
     }
 
     /// Its addresses, IPv4 first.
@@ -207,6 +267,12 @@ impl Pod {
         self.netns.name()
     }
 
+    /// The ID of its container.
+    #[must_use]
+    pub fn container(&self) -> &str {
+        &self.container
+    }
+
     /// Its namespace.
     #[must_use]
     pub fn netns(&self) -> &Netns {
@@ -230,7 +296,11 @@ pub fn fault_steps(context: &Context) -> anyhow::Result<Vec<(String, String)>> {
         .collect()
 }
 
-fn converse(command: &mut Command, input: &str) -> anyhow::Result<std::process::Output> {
+fn converse(
+    command: &mut Command,
+    input: &str,
+    kill_after: Option<Duration>,
+) -> anyhow::Result<std::process::Output> {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -240,6 +310,11 @@ fn converse(command: &mut Command, input: &str) -> anyhow::Result<std::process::
     if let Some(mut stdin) = child.stdin.take() {
         // A plugin that ends before it reads is judged by how it ended.
         let _broken_pipe = stdin.write_all(input.as_bytes());
+    }
+    if let Some(after) = kill_after {
+        std::thread::sleep(after);
+        // One that has ended is not waited for yet, so its number is its own.
+        child.kill()?;
     }
     Ok(child.wait_with_output()?)
 }

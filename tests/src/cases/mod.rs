@@ -7,6 +7,7 @@ use crate::context::Context;
 use crate::runner::{Group, Test};
 
 mod audit;
+mod churn;
 mod codec;
 mod datapath;
 mod faults;
@@ -31,12 +32,11 @@ pub(crate) mod world;
 /// Every test, in the order in which they run: what others build on comes first.
 #[must_use]
 pub fn all() -> Vec<Test> {
-    [within_a_node(), beyond_a_node()].concat()
+    [pods_and_socket(), within_a_node(), beyond_a_node()].concat()
 }
 
-fn within_a_node() -> Vec<Test> {
+fn pods_and_socket() -> Vec<Test> {
     let native = |name, minutes, run| test(name, Group::Native, minutes, run);
-    let ipvs = |name, minutes, run| test(name, Group::Ipvs, minutes, run);
     vec![
         native(
             "library/answered-refused-unreachable-silent",
@@ -58,12 +58,28 @@ fn within_a_node() -> Vec<Test> {
             pods::agent_killed_among_adds,
         ),
         native(
+            "pods/lost-leases-are-adopted",
+            5,
+            churn::lost_leases_are_adopted,
+        ),
+        native(
+            "pods/killed-at-random",
+            churn::minutes(),
+            churn::killed_at_random,
+        ),
+        native(
             "source/the-api-feeds-pods-and-status",
             5,
             source::the_api_feeds_pods_and_status,
         ),
         native("socket/survives-garbage", 10, socket::survives_garbage),
         native("socket/refuses-other-users", 2, socket::refuses_other_users),
+    ]
+}
+
+fn within_a_node() -> Vec<Test> {
+    let ipvs = |name, minutes, run| test(name, Group::Ipvs, minutes, run);
+    vec![
         ipvs(
             "codec/what-is-set-reads-back",
             5,

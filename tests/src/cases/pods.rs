@@ -179,20 +179,20 @@ fn die_among(node: &Node, pods: &mut [Pod]) -> anyhow::Result<()> {
 }
 
 /// The devices of pods on the node. The agent has one of its own besides.
-fn host_ends(node: &Node) -> anyhow::Result<Vec<String>> {
+pub(super) fn host_ends(node: &Node) -> anyhow::Result<Vec<String>> {
     let mut links = node.netns().links()?;
     links.retain(|link| link.starts_with("fer"));
     Ok(links)
 }
 
-fn nothing_left(node: &Node) -> anyhow::Result<()> {
+pub(super) fn nothing_left(node: &Node) -> anyhow::Result<()> {
     let links = host_ends(node)?;
     ensure!(links.is_empty(), "left on the node: {links:?}");
     Ok(())
 }
 
 /// Fills the pool and empties it: every address can be had.
-fn fill(context: &Context, node: &Node, room: usize) -> anyhow::Result<()> {
+pub(super) fn fill(context: &Context, node: &Node, room: usize) -> anyhow::Result<()> {
     let mut pods = Vec::new();
     for index in 0..room {
         let mut pod = Pod::create(context, &format!("fill-{index}"))?;

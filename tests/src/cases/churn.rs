@@ -1,0 +1,339 @@
+//! Pods come and go while agent and plugins are killed at random points; what
+//! is left is put right by GC and by the agent itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write as _;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use ferrule_api::status::PodRow;
+use ferrule_api::{Answer, Call, Client};
+use serde_json::{Value, json};
+
+use super::pods::{fill, host_ends, nothing_left};
+use crate::context::Context;
+use crate::node::Node;
+use crate::pod::{Pod, Reply};
+use crate::random::{self, Random};
+use crate::wait;
+
+/// Repeats a run, as far as threads let it be repeated.
+const SEED: &str = "FERRULE_CHURN_SEED";
+
+/// How many calls of the plugin it has.
+const CALLS: &str = "FERRULE_CHURN_CALLS";
+
+const USUAL: u64 = 400;
+
+const WORKERS: usize = 16;
+
+/// More than there are workers, so that what is lost for good runs the pool dry.
+const ROOM: usize = 29;
+const RANGES: [&str; 2] = ["10.244.1.0/27", "fd00:10:244:1::/123"];
+
+/// Longest time after which a call is killed, in microseconds: an ADD takes about
+/// two milliseconds on an idle machine, a DEL thirty.
+const LONGEST: usize = 40_000;
+
+/// Longest that a run of so many calls may take, in minutes.
+pub(super) fn minutes() -> u64 {
+    let calls = random::from_environment(CALLS);
+    10 + calls.ok().flatten().unwrap_or(USUAL) / 200
+}
+
+/// What all workers share.
+struct World<'a> {
+    context: &'a Context,
+    node: &'a Node,
+    /// Whose address is in use, from the result of ADD to the begin of DEL.
+    in_use: Mutex<BTreeMap<IpAddr, String>>,
+    calls: AtomicUsize,
+    killed: AtomicUsize,
+    wanted: usize,
+}
+
+/// No address is in use twice, and after GC no lease and no interface is left
+/// but those of the pods that live.
+pub(super) fn killed_at_random(context: &mut Context) -> anyhow::Result<()> {
+    let seed = random::seed(SEED)?;
+    let wanted = usize::try_from(random::from_environment(CALLS)?.unwrap_or(USUAL))?;
+    let node = Node::with_pod_ranges(context, "node-a", &RANGES)?;
+    node.start()?;
+    Pod::added(context, &node, "first")?.del(&node)?;
+    let world = World {
+        context,
+        node: &node,
+        in_use: Mutex::default(),
+        calls: AtomicUsize::new(0),
+        killed: AtomicUsize::new(0),
+        wanted,
+    };
+    let (live, deaths) = run(&world, seed).with_context(|| format!("{SEED}={seed}"))?;
+    let mut out = std::io::stdout();
+    writeln!(
+        out,
+        "     {SEED}={seed} {CALLS}={wanted}: {} calls, {} of them killed, {deaths} deaths of the agent, {} pods live at the end",
+        world.calls.load(Ordering::Relaxed),
+        world.killed.load(Ordering::Relaxed),
+        live.len()
+    )?;
+    let valid: Vec<&Pod> = live.iter().collect();
+    let caller = Pod::create(context, "caller")?;
+    gc(&node, &caller, &valid)?;
+    only_these_are_left(&node, &valid)?;
+    for pod in &live {
+        pod.del(&node)?;
+    }
+    nothing_left(&node)?;
+    fill(context, &node, ROOM)
+}
+
+/// All workers and the agent's killer; returns the pods that live and how often the agent died.
+fn run(world: &World<'_>, seed: u64) -> anyhow::Result<(Vec<Pod>, usize)> {
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let killer = scope.spawn(|| -> anyhow::Result<usize> {
+            let mut random = Random::new(seed ^ 0xdead);
+            let mut deaths = 0;
+            while !over.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(u64::try_from(random.below(1500))?));
+                world.node.kill9()?;
+                world.node.start()?;
+                deaths += 1;
+            }
+            Ok(deaths)
+        });
+        let workers: Vec<_> = (0..WORKERS)
+            .map(|number| {
+                let random = Random::new(seed.wrapping_add(u64::try_from(number).unwrap_or(0)));
+                scope.spawn(move || work(world, number, random))
+            })
+            .collect();
+        let mut live = Vec::new();
+        let mut results = Vec::new();
+        for worker in workers {
+            match worker.join() {
+                Ok(Ok(pod)) => live.extend(pod),
+                Ok(Err(error)) => results.push(error),
+                Err(_) => bail!("a worker panicked"),
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+        let deaths = match killer.join() {
+            Ok(deaths) => deaths?,
+            Err(_) => bail!("the killer panicked"),
+        };
+        match results.pop() {
+            Some(error) => Err(error),
+            None => Ok((live, deaths)),
+        }
+    })
+}
+
+/// One worker's pods, one after the other; the last may live on.
+fn work(world: &World<'_>, number: usize, mut random: Random) -> anyhow::Result<Option<Pod>> {
+    let mut containers = 0_usize;
+    let mut name = || {
+        containers += 1;
+        format!("w{number}-{containers}")
+    };
+    let mut pod = Pod::create(world.context, &name())?;
+    let mut lives = false;
+    while world.calls.load(Ordering::Relaxed) < world.wanted {
+        lives = world.add(&mut pod, &mut random)?;
+        if lives && random.chance(30) {
+            thread::sleep(Duration::from_millis(u64::try_from(random.below(50))?));
+        }
+        world.forget(&pod);
+        if random.chance(10) {
+            // A node's runtime that lost all memory of it: the namespace goes, no DEL comes.
+            pod = Pod::create(world.context, &name())?;
+            lives = false;
+            continue;
+        }
+        while !world.del(&pod, &mut random)? {}
+        pod.becomes(&name());
+        lives = false;
+    }
+    // What lives on was added in peace.
+    if !lives && random.chance(50) {
+        let added = wait::until_ok("an address", wait::SETTLED, || {
+            let reply = pod.call(world.node, "ADD", &[])?;
+            if reply.status.success() {
+                pod.take_result(reply)?;
+                return Ok(());
+            }
+            pod.del(world.node)?;
+            bail!("not yet: {reply:?}")
+        });
+        added?;
+        world.note(&pod)?;
+        return Ok(Some(pod));
+    }
+    pod.del(world.node)?;
+    Ok(None)
+}
+
+impl World<'_> {
+    fn call(&self, pod: &Pod, verb: &str, random: &mut Random) -> anyhow::Result<Reply> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        if !random.chance(40) {
+            return pod.call(self.node, verb, &[]);
+        }
+        let after = Duration::from_micros(u64::try_from(random.below(LONGEST))?);
+        let reply = pod.call_and_kill(self.node, verb, after)?;
+        if reply.was_killed() {
+            self.killed.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(reply)
+    }
+
+    /// Whether the pod lives now.
+    fn add(&self, pod: &mut Pod, random: &mut Random) -> anyhow::Result<bool> {
+        let reply = self.call(pod, "ADD", random)?;
+        if !reply.status.success() {
+            return Ok(false);
+        }
+        pod.take_result(reply)?;
+        self.note(pod)?;
+        Ok(true)
+    }
+
+    /// Whether it was carried out to its end.
+    fn del(&self, pod: &Pod, random: &mut Random) -> anyhow::Result<bool> {
+        let reply = self.call(pod, "DEL", random)?;
+        if reply.was_killed() {
+            return Ok(false);
+        }
+        reply.result()?;
+        Ok(true)
+    }
+
+    fn note(&self, pod: &Pod) -> anyhow::Result<()> {
+        let mut in_use = self.in_use.lock().unwrap_or_else(PoisonError::into_inner);
+        for ip in pod.ips() {
+            let before = in_use.insert(*ip, pod.container().to_owned());
+            ensure!(
+                before.is_none(),
+                "{ip} of {} is also {before:?}'s",
+                pod.container()
+            );
+        }
+        Ok(())
+    }
+
+    fn forget(&self, pod: &Pod) {
+        let mut in_use = self.in_use.lock().unwrap_or_else(PoisonError::into_inner);
+        in_use.retain(|_, holder| holder != pod.container());
+    }
+}
+
+/// Calls GC as a runtime that knows these pods.
+pub(super) fn gc(node: &Node, caller: &Pod, valid: &[&Pod]) -> anyhow::Result<()> {
+    let list: Vec<Value> = valid
+        .iter()
+        .map(|pod| json!({"containerID": pod.container(), "ifname": "eth0"}))
+        .collect();
+    let fields = json!({"cniVersion": "1.1.0", "cni.dev/valid-attachments": list});
+    let output = caller.gc(node, &fields)?.result()?;
+    ensure!(output.is_none(), "GC printed {output:?}");
+    Ok(())
+}
+
+/// Leases and interfaces are those of these pods.
+fn only_these_are_left(node: &Node, valid: &[&Pod]) -> anyhow::Result<()> {
+    let leased: BTreeSet<String> = leases(node)?
+        .into_iter()
+        .map(|row| row.container_id)
+        .collect();
+    let wanted: BTreeSet<String> = valid.iter().map(|pod| pod.container().to_owned()).collect();
+    ensure!(
+        leased == wanted,
+        "leases of {leased:?} instead of {wanted:?}"
+    );
+    let links = host_ends(node)?;
+    ensure!(
+        links.len() == valid.len(),
+        "{} links: {links:?}",
+        links.len()
+    );
+    Ok(())
+}
+
+/// Every lease, as the agent tells them.
+pub(super) fn leases(node: &Node) -> anyhow::Result<Vec<PodRow>> {
+    let mut client = Client::connect(&node.socket(), Duration::from_secs(30))?;
+    let mut rows = Vec::new();
+    let mut after = None;
+    loop {
+        match client.call(Call::Pods { after })? {
+            Answer::Pods(mut page) => {
+                rows.append(&mut page.rows);
+                match page.next {
+                    None => return Ok(rows),
+                    next => after = next,
+                }
+            }
+            other => bail!("pods: {other:?}"),
+        }
+    }
+}
+
+/// An agent that finds pods without leases gives them theirs, before it gives
+/// anybody an address; STATUS and GC go on as before.
+pub(super) fn lost_leases_are_adopted(context: &mut Context) -> anyhow::Result<()> {
+    const LIVE: usize = 3;
+    let ranges = ["10.244.1.0/29", "fd00:10:244:1::/125"];
+    let node = Node::with_pod_ranges(context, "node-a", &ranges)?;
+    node.start()?;
+    let pods = (0..LIVE)
+        .map(|index| Pod::added(context, &node, &format!("old-{index}")))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    node.kill9()?;
+    fs::remove_file(node.state().join("leases.redb"))?;
+    node.start()?;
+    // Two addresses of five are left, and no pod gets one that is in use.
+    let mut new = vec![
+        Pod::added(context, &node, "new-0")?,
+        Pod::added(context, &node, "new-1")?,
+    ];
+    let distinct: BTreeSet<IpAddr> = pods
+        .iter()
+        .chain(&new)
+        .flat_map(Pod::ips)
+        .copied()
+        .collect();
+    ensure!(distinct.len() == 10, "{distinct:?}");
+    let status = json!({"cniVersion": "1.1.0"});
+    let full = new[0].call_with(&node, "STATUS", &status)?;
+    ensure!(full.code() == Some(50), "STATUS of a full node: {full:?}");
+    let third = Pod::create(context, "new-2")?.call(&node, "ADD", &[])?;
+    ensure!(third.code() == Some(11), "ADD on a full node: {third:?}");
+    // The network stands in the alias, so GC knows what was adopted.
+    gc(&node, &pods[0], &[&pods[0], &new[1]])?;
+    only_these_are_left(&node, &[&pods[0], &new[1]])?;
+    let ready = new[0].call_with(&node, "STATUS", &status)?.result()?;
+    ensure!(ready.is_none(), "{ready:?}");
+    // One address of a pod's own choice, and one that another has.
+    let ip = new[0].ips()[0];
+    let asked = json!({"runtimeConfig": {"ips": [ip.to_string()]}});
+    let reply = new[0].call_with(&node, "ADD", &asked)?;
+    new[0].take_result(reply)?;
+    ensure!(
+        new[0].ips().contains(&ip),
+        "{:?} without {ip}",
+        new[0].ips()
+    );
+    let taken = pods[1].call_with(&node, "ADD", &asked)?;
+    ensure!(taken.code() == Some(101), "{taken:?}");
+    for pod in pods.iter().chain(&new) {
+        pod.del(&node)?;
+    }
+    nothing_left(&node)?;
+    fill(context, &node, 5)
+}
