@@ -6,8 +6,8 @@
 //! afterwards that nothing is left. [`cases`] lists the tests. What they build
 //! on, from the ground up: [`netns`] and [`link`] make the networks, [`sock`]
 //! speaks through them, [`process`] starts programs in them, [`node`] and [`pod`]
-//! are a node with the agent and a pod that the plugin made, [`api`] is a cluster's
-//! API beside them, [`dump`] reads the
+//! are a node with the agent and a pod that the plugin made, [`runtime`] is the
+//! node's containerd, [`api`] is a cluster's API beside them, [`dump`] reads the
 //! kernel back, [`golden`] compares.
 //!
 //! Nothing here but `cases::codec` and what speaks through the agent's socket
@@ -30,5 +30,6 @@ pub mod pod;
 pub mod process;
 pub mod random;
 pub mod runner;
+pub mod runtime;
 pub mod sock;
 pub mod wait;

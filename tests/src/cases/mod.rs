@@ -22,6 +22,7 @@ mod pods;
 mod restart;
 mod routes;
 mod rows;
+mod runtime;
 mod segment;
 mod socket;
 mod source;
@@ -32,7 +33,13 @@ pub(crate) mod world;
 /// Every test, in the order in which they run: what others build on comes first.
 #[must_use]
 pub fn all() -> Vec<Test> {
-    [pods_and_socket(), within_a_node(), beyond_a_node()].concat()
+    [
+        pods_and_socket(),
+        within_a_node(),
+        beyond_a_node(),
+        with_a_runtime(),
+    ]
+    .concat()
 }
 
 fn pods_and_socket() -> Vec<Test> {
@@ -207,6 +214,24 @@ fn beyond_a_node() -> Vec<Test> {
             "walk/kernel-equals-plan",
             walk::minutes(),
             walk::kernel_equals_plan,
+        ),
+    ]
+}
+
+fn with_a_runtime() -> Vec<Test> {
+    let native = |name, minutes, run| test(name, Group::Native, minutes, run);
+    let ipvs = |name, minutes, run| test(name, Group::Ipvs, minutes, run);
+    vec![
+        native(
+            "runtime/a-restarted-agent-knows-its-containers",
+            10,
+            runtime::a_restarted_agent_knows_its_containers,
+        ),
+        native("runtime/twenty-at-once", 15, runtime::twenty_at_once),
+        ipvs(
+            "runtime/containers-call-a-service",
+            15,
+            runtime::containers_call_a_service,
         ),
     ]
 }
