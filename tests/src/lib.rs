@@ -19,6 +19,7 @@
 
 pub mod api;
 pub mod cases;
+pub mod chain;
 pub mod context;
 pub mod demo;
 pub mod dump;

@@ -7,6 +7,7 @@ use crate::context::Context;
 use crate::runner::{Group, Test};
 
 mod audit;
+mod chain;
 mod churn;
 mod codec;
 mod datapath;
@@ -226,6 +227,11 @@ fn with_a_runtime() -> Vec<Test> {
             "runtime/a-restarted-agent-knows-its-containers",
             10,
             runtime::a_restarted_agent_knows_its_containers,
+        ),
+        native(
+            "chain/plugins-of-others-follow",
+            10,
+            chain::plugins_of_others_follow,
         ),
         native("runtime/twenty-at-once", 15, runtime::twenty_at_once),
         ipvs(

@@ -63,7 +63,10 @@ pub(super) fn containers_call_a_service(context: &mut Context) -> anyhow::Result
 }
 
 /// The leases that the agent tells of, by container.
-fn leases(context: &Context, node: &Node) -> anyhow::Result<BTreeMap<String, Vec<IpAddr>>> {
+pub(super) fn leases(
+    context: &Context,
+    node: &Node,
+) -> anyhow::Result<BTreeMap<String, Vec<IpAddr>>> {
     let mut command = Command::new(context.binary("ferrule-agent")?);
     command
         .args(["status", "pods", "-o", "json", "--interval", "0"])
