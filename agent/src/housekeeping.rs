@@ -15,12 +15,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferrule_model::names::Attachment;
-use ferrule_model::ownership::{host_veth_name, owns_host_veth, read_host_veth};
+use ferrule_model::ownership::{
+    host_veth_name, owns_host_veth, owns_shaper, read_alias, shaper_name,
+};
 use tracing::{info, warn};
 
 use crate::clock::Moment;
 use crate::leases::Record;
-use crate::links::{self, HostEnd, Seen};
+use crate::links::{self, Device, Seen};
 use crate::pods::Pods;
 
 /// Seconds after which no ADD is under way any more. The plugin gives up after 90 s.
@@ -37,7 +39,7 @@ const FIRST_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) enum Duty {
     /// A pod that uses addresses without a lease gets one for them.
     Adopt(Attachment, Record),
-    /// A host end that no ADD will finish is removed.
+    /// A host end that no ADD will finish is removed, or a shaper without a pod.
     Remove(Attachment, u32),
     /// A lease whose pod is gone ends.
     Release(Attachment, Record),
@@ -62,7 +64,7 @@ pub(crate) fn duties(
     may_live: impl Fn(&str) -> bool,
 ) -> Vec<Duty> {
     let mut duties = Vec::new();
-    let ends: BTreeMap<&str, &HostEnd> = seen.ends.iter().map(|e| (e.name.as_str(), e)).collect();
+    let ends: BTreeMap<&str, &Device> = seen.ends.iter().map(|e| (e.name.as_str(), e)).collect();
     let none = BTreeSet::new();
     for (attachment, record) in leases {
         let age = now.since(record.since.as_ref().unwrap_or(started));
@@ -93,6 +95,35 @@ pub(crate) fn duties(
         }
     }
     duties.extend(without_lease(leases, seen, now));
+    duties.extend(without_veth(leases, seen, &ends));
+    duties
+}
+
+/// Shapers whose veth is gone: it is made before its shaper and removed before it,
+/// but where a namespace vanishes the kernel removes the veth alone.
+fn without_veth(
+    leases: &[(Attachment, Record)],
+    seen: &Seen,
+    ends: &BTreeMap<&str, &Device>,
+) -> Vec<Duty> {
+    let mut duties = Vec::new();
+    for shaper in &seen.shapers {
+        let (alias, mac) = (shaper.alias.as_deref(), shaper.mac);
+        // Without an alias its lease says whose it is.
+        let told = alias.and_then(|alias| read_alias(&shaper.name, alias));
+        let owner = told.map(|(attachment, _)| attachment).or_else(|| {
+            let known = leases.iter().map(|(attachment, _)| attachment);
+            known
+                .filter(|attachment| shaper_name(attachment).as_str() == shaper.name)
+                .find(|attachment| owns_shaper(attachment, &shaper.name, alias, mac))
+                .cloned()
+        });
+        if let Some(owner) = owner
+            && !ends.contains_key(host_veth_name(&owner).as_str())
+        {
+            duties.push(Duty::Remove(owner, shaper.index));
+        }
+    }
     duties
 }
 
@@ -104,7 +135,7 @@ fn without_lease(
 ) -> impl Iterator<Item = Duty> {
     let known: BTreeSet<&Attachment> = leases.iter().map(|(attachment, _)| attachment).collect();
     seen.ends.iter().filter_map(move |end| {
-        let (attachment, network) = read_host_veth(&end.name, end.alias.as_deref()?)?;
+        let (attachment, network) = read_alias(&end.name, end.alias.as_deref()?)?;
         let addresses = seen.routes.get(&end.index)?;
         if known.contains(&attachment) {
             return None;
@@ -222,7 +253,7 @@ pub(crate) async fn keep(pods: Arc<Pods>) {
 #[cfg(test)]
 mod tests {
     use ferrule_model::names::{ContainerId, IfName};
-    use ferrule_model::ownership::{host_veth_alias, host_veth_mac};
+    use ferrule_model::ownership::{device_alias, host_veth_mac, shaper_mac};
 
     use super::*;
 
@@ -250,18 +281,18 @@ mod tests {
         }
     }
 
-    fn end(container: &str, aliased: bool) -> HostEnd {
+    fn end(container: &str, aliased: bool) -> Device {
         let attachment = attachment(container);
-        HostEnd {
+        Device {
             index: 7,
             name: host_veth_name(&attachment).to_string(),
-            alias: aliased.then(|| host_veth_alias(&attachment, None)),
+            alias: aliased.then(|| device_alias(&attachment, None)),
             mac: Some(host_veth_mac(&attachment)),
-            ..HostEnd::default()
+            ..Device::default()
         }
     }
 
-    fn seen(ends: Vec<HostEnd>, has_route: bool) -> Seen {
+    fn seen(ends: Vec<Device>, has_route: bool) -> Seen {
         let mut seen = Seen {
             ends,
             ..Seen::default()
@@ -372,5 +403,34 @@ mod tests {
         }
         let bare = seen(vec![end("a", true)], false);
         assert_eq!(duties(&[], &bare, &at(50), &at(40), |_| true), []);
+    }
+
+    #[test]
+    fn a_shaper_goes_after_its_veth() {
+        let attachment = attachment("a");
+        let shaper = |aliased: bool| Device {
+            index: 9,
+            name: shaper_name(&attachment).to_string(),
+            alias: aliased.then(|| device_alias(&attachment, None)),
+            mac: Some(shaper_mac(&attachment)),
+            ..Device::default()
+        };
+        let with = |shaper: Device, ends| Seen {
+            shapers: vec![shaper],
+            ..seen(ends, true)
+        };
+        let removed = Duty::Remove(attachment.clone(), 9);
+        let young = record(Some(at(999)), None);
+        for aliased in [true, false] {
+            let alone = with(shaper(aliased), Vec::new());
+            assert_eq!(about(&young, &alone), std::slice::from_ref(&removed));
+            let live = with(shaper(aliased), vec![end("a", true)]);
+            assert_eq!(about(&young, &live), []);
+        }
+        let alone = with(shaper(true), Vec::new());
+        assert_eq!(duties(&[], &alone, &at(50), &at(40), |_| true), [removed]);
+        // Neither lease nor alias: a stranger.
+        let stranger = with(shaper(false), Vec::new());
+        assert_eq!(duties(&[], &stranger, &at(50), &at(40), |_| true), []);
     }
 }

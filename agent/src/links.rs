@@ -1,11 +1,11 @@
-//! Host ends of pods' veths: what the kernel has, and the little that
-//! [`crate::housekeeping`] changes about it. Making and removing them is the
+//! Pods' devices on the node (host ends of veths, shapers): what the kernel has,
+//! and the little that [`crate::housekeeping`] changes about it. Making and removing them is the
 //! plugin's work.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ferrule_model::ownership::{HOST_VETH_PREFIX, ROUTE_PROTOCOL, owns_node_route};
+use ferrule_model::ownership::{HOST_VETH_PREFIX, ROUTE_PROTOCOL, SHAPER_PREFIX, owns_node_route};
 use ferrule_netlink::{Error, Protocol, RawMessage, Socket, route};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -23,9 +23,9 @@ pub(crate) struct Counters {
     pub(crate) bytes_out: u64,
 }
 
-/// A veth whose name begins like ours.
+/// A veth or ifb whose name begins like ours of that kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct HostEnd {
+pub(crate) struct Device {
     pub(crate) index: u32,
     pub(crate) name: String,
     pub(crate) alias: Option<String>,
@@ -33,10 +33,13 @@ pub(crate) struct HostEnd {
     pub(crate) counters: Counters,
 }
 
-/// Which host ends there are, and to which addresses routes of the plugin lead over each.
+/// Which devices there are, and to which addresses routes of the plugin lead over each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Seen {
-    pub(crate) ends: Vec<HostEnd>,
+    /// Host ends of veths.
+    pub(crate) ends: Vec<Device>,
+    /// Devices that shape what comes from a pod.
+    pub(crate) shapers: Vec<Device>,
     /// By index of the interface.
     pub(crate) routes: BTreeMap<u32, BTreeSet<IpAddr>>,
 }
@@ -59,8 +62,12 @@ pub(crate) async fn look() -> Result<Seen, Error> {
             routes.entry(index).or_default().insert(ip);
         }
     }
-    let ends = host_ends(&socket).await?;
-    Ok(Seen { ends, routes })
+    let (ends, shapers) = devices(&socket).await?;
+    Ok(Seen {
+        ends,
+        shapers,
+        routes,
+    })
 }
 
 /// Counters by the name of the host's end.
@@ -68,38 +75,52 @@ pub(crate) async fn look() -> Result<Seen, Error> {
 /// # Errors
 /// [`Error`]; what is returned is complete.
 pub(crate) async fn counters() -> Result<BTreeMap<String, Counters>, Error> {
-    let ends = host_ends(&Socket::open(Protocol::Route)?).await?;
+    let (ends, _) = devices(&Socket::open(Protocol::Route)?).await?;
     Ok(ends.into_iter().map(|e| (e.name, e.counters)).collect())
 }
 
-async fn host_ends(socket: &Socket) -> Result<Vec<HostEnd>, Error> {
+/// Host ends, and shapers.
+async fn devices(socket: &Socket) -> Result<(Vec<Device>, Vec<Device>), Error> {
     let question = route::encode(RouteNetlinkMessage::GetLink(LinkMessage::default()));
-    let answers = socket.dump(question).await?;
-    // A device of a kind that cannot be decoded is none of ours.
-    let links = answers.iter().filter_map(|raw| match route::decode(raw) {
-        Ok(RouteNetlinkMessage::NewLink(link)) => Some(link),
-        _ => None,
-    });
-    Ok(links.filter_map(host_end).collect())
+    let (mut ends, mut shapers) = (Vec::new(), Vec::new());
+    for answer in socket.dump(question).await? {
+        // A device of a kind that cannot be decoded is none of ours.
+        let Ok(RouteNetlinkMessage::NewLink(link)) = route::decode(&answer) else {
+            continue;
+        };
+        match device(link) {
+            (Some(InfoKind::Veth), end) if end.name.starts_with(HOST_VETH_PREFIX) => {
+                ends.push(end);
+            }
+            (Some(InfoKind::Ifb), shaper) if shaper.name.starts_with(SHAPER_PREFIX) => {
+                shapers.push(shaper);
+            }
+            _ => {}
+        }
+    }
+    Ok((ends, shapers))
 }
 
-fn host_end(link: LinkMessage) -> Option<HostEnd> {
-    let mut end = HostEnd {
+fn device(link: LinkMessage) -> (Option<InfoKind>, Device) {
+    let mut device = Device {
         index: link.header.index,
-        ..HostEnd::default()
+        ..Device::default()
     };
-    let mut veth = false;
+    let mut kind = None;
     for attribute in link.attributes {
         match attribute {
-            LinkAttribute::IfName(name) => end.name = name,
-            LinkAttribute::IfAlias(alias) => end.alias = Some(alias),
-            LinkAttribute::Address(bytes) => end.mac = bytes.as_slice().try_into().ok(),
+            LinkAttribute::IfName(name) => device.name = name,
+            LinkAttribute::IfAlias(alias) => device.alias = Some(alias),
+            LinkAttribute::Address(bytes) => device.mac = bytes.as_slice().try_into().ok(),
             LinkAttribute::LinkInfo(infos) => {
-                veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
+                kind = infos.into_iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind),
+                    _ => None,
+                });
             }
             // What the host's end received is what the pod sent.
             LinkAttribute::Stats64(stats) => {
-                end.counters = Counters {
+                device.counters = Counters {
                     packets_in: stats.tx_packets,
                     packets_out: stats.rx_packets,
                     bytes_in: stats.tx_bytes,
@@ -109,7 +130,7 @@ fn host_end(link: LinkMessage) -> Option<HostEnd> {
             _ => {}
         }
     }
-    (veth && end.name.starts_with(HOST_VETH_PREFIX)).then_some(end)
+    (kind, device)
 }
 
 /// Interface and address of a route that the plugin made.

@@ -19,6 +19,7 @@ use crate::kernel::{Kernel, KernelError, Link};
 use crate::netns::Netns;
 use crate::pair::Pair;
 use crate::report;
+use crate::shaper::Shaper;
 use crate::sysctl;
 use crate::undo::{self, Undo};
 use crate::wishes::Wishes;
@@ -54,6 +55,8 @@ pub(crate) async fn run(
     request: Request<'_>,
     print: impl FnOnce(&Value) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
+    // For now as if the smallest burst let a packet pass: the agent knows the MTU.
+    config.bandwidth.limits(request.mtu.unwrap_or_default())?;
     let sides = validate(&request).await?;
     fault::reached(Step::Validated);
     let mut undo = Undo::default();
@@ -139,8 +142,13 @@ async fn make(
     fault::reached(Step::LinkMade);
     configure_pod(sides, &pair).await?;
     fault::reached(Step::PodConfigured);
-    configure_host(sides, &pair).await?;
+    let host_end = configure_host(sides, &pair).await?;
     fault::reached(Step::HostConfigured);
+    let limits = config.bandwidth.limits(pair.mtu)?;
+    let shaper = Shaper::new(attachment, Some(request.network), pair.mtu, limits);
+    shaper.make(&sides.host, attachment).await?;
+    fault::reached(Step::ShaperMade);
+    shaper.apply(&sides.host, &host_end).await?;
     fault::reached(Step::BeforeResult);
     print(&result)
 }
@@ -179,7 +187,7 @@ async fn configure_pod(sides: &Sides, pair: &Pair) -> Result<(), Failure> {
 }
 
 /// The host's end: settings, routes to the pod, its neighbour entries.
-async fn configure_host(sides: &Sides, pair: &Pair) -> Result<(), Failure> {
+async fn configure_host(sides: &Sides, pair: &Pair) -> Result<Link, Failure> {
     let name = &pair.host_name;
     let link = made(sides.host.link(name.as_str()).await?, name.as_str())?;
     let mut settings = vec![sysctl::NO_DAD, sysctl::NO_REDIRECTS];
@@ -187,7 +195,8 @@ async fn configure_host(sides: &Sides, pair: &Pair) -> Result<(), Failure> {
         settings.push(sysctl::IPV6_ON);
     }
     sysctl::apply(name, &settings)?;
-    Ok(sides.host.carry_out(pair.host_side(link.index)).await?)
+    sides.host.carry_out(pair.host_side(link.index)).await?;
+    Ok(link)
 }
 
 /// The end of the pair that we have just made; somebody may remove it at once.

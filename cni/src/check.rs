@@ -15,6 +15,7 @@ use crate::config::{Config, typed};
 use crate::failure::{Code, Failure};
 use crate::kernel::{Kernel, Link};
 use crate::netns::Netns;
+use crate::shaper::Shaper;
 
 /// The parts of a result that we compare; plugins after us may have added to
 /// it what we know nothing of.
@@ -57,7 +58,13 @@ pub(crate) async fn run(
     let host = Kernel::open()?;
     let pod = netns.inside(Kernel::open)??;
     let mut differences = Vec::new();
-    check_host(&host, attachment, &previous, &mut differences).await?;
+    if let Some(link) = check_host(&host, attachment, &previous, &mut differences).await? {
+        let limits = config.bandwidth.limits(config.mtu()?.unwrap_or_default())?;
+        let shaper = Shaper::new(attachment, None, 0, limits);
+        shaper
+            .check(&host, attachment, &link, &mut differences)
+            .await?;
+    }
     check_pod(&pod, attachment, &previous, &mut differences).await?;
     if differences.is_empty() {
         return Ok(());
@@ -122,12 +129,12 @@ async fn check_host(
     attachment: &Attachment,
     previous: &Previous,
     differences: &mut Vec<String>,
-) -> Result<(), Failure> {
+) -> Result<Option<Link>, Failure> {
     let name = ownership::host_veth_name(attachment);
     let found = host.link(name.as_str()).await?;
     let Some(link) = found.filter(|link| link.is_host_end_of(attachment)) else {
         differences.push(format!("interface {name} of the node is missing"));
-        return Ok(());
+        return Ok(None);
     };
     check_link(&link, previous, differences);
     for address in previous.addresses(attachment) {
@@ -139,7 +146,7 @@ async fn check_host(
             ));
         }
     }
-    Ok(())
+    Ok(Some(link))
 }
 
 async fn check_pod(

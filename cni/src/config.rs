@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::bandwidth::Asked;
 use crate::failure::{Code, Failure};
 use crate::version::SpecVersion;
 
@@ -37,6 +38,8 @@ pub(crate) struct Config {
     pub(crate) state_dir: PathBuf,
     /// Result of the plugin before us, or of ADD to CHECK and DEL.
     pub(crate) previous: Option<Value>,
+    /// Limits of bandwidth, not looked at yet.
+    pub(crate) bandwidth: Asked,
     /// All of it.
     object: Value,
 }
@@ -98,6 +101,7 @@ impl Config {
             )?,
             state_dir: absolute("stateDir", wire.state_dir, ferrule_api::DEFAULT_STATE_DIR)?,
             previous: wire.prev_result,
+            bandwidth: Asked::of(&object),
             object,
         })
     }

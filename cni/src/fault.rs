@@ -15,6 +15,9 @@ pub(crate) enum Step {
     PodConfigured,
     /// ADD: the host's side is complete.
     HostConfigured,
+    /// ADD: the device that shapes what comes from the pod is there, if there
+    /// has to be one.
+    ShaperMade,
     /// ADD: only the result is missing.
     BeforeResult,
     /// DEL: the link is gone, the lease is not.
@@ -25,12 +28,13 @@ pub(crate) enum Step {
 
 /// Every step, with its verb and name.
 #[cfg(feature = "fault-injection")]
-const STEPS: [(&str, &str, Step); 8] = [
+const STEPS: [(&str, &str, Step); 9] = [
     ("ADD", "validated", Step::Validated),
     ("ADD", "leased", Step::Leased),
     ("ADD", "link-made", Step::LinkMade),
     ("ADD", "pod-configured", Step::PodConfigured),
     ("ADD", "host-configured", Step::HostConfigured),
+    ("ADD", "shaper-made", Step::ShaperMade),
     ("ADD", "before-result", Step::BeforeResult),
     ("DEL", "link-removed", Step::LinkRemoved),
     ("DEL", "released", Step::Released),

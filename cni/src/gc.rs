@@ -22,8 +22,8 @@ pub(crate) async fn run(config: &Config) -> Result<(), Failure> {
     // Whoever cannot say what is leased cannot be asked to end it.
     let leased = agent::leases_of(config, &network)?;
     let stale: BTreeSet<Attachment> = leased.difference(&valid).cloned().collect();
-    let ends = host.host_ends().await?;
-    let (removed, mut problems) = remove(&host, &ends, &network, &valid, &stale).await;
+    let devices = host.devices().await?;
+    let (removed, mut problems) = remove(&host, &devices, &network, &valid, &stale).await;
     for attachment in &stale {
         // The lease outlives a link that is still there: its address is in use.
         if !removed.contains(attachment) {
@@ -48,34 +48,32 @@ pub(crate) async fn run(config: &Config) -> Result<(), Failure> {
     .with_details(problems))
 }
 
-/// Removes the host ends of whoever is not in use, all in one request so that
+/// Removes the devices of whoever is not in use, all in one request so that
 /// they wait for the kernel together. Returns the stale attachments that have
 /// none any longer, and what went wrong.
 async fn remove(
     host: &Kernel,
-    ends: &[Link],
+    devices: &[Link],
     network: &NetworkName,
     valid: &BTreeSet<Attachment>,
     stale: &BTreeSet<Attachment>,
 ) -> (BTreeSet<Attachment>, Vec<String>) {
     let mut gone = stale.clone();
     let mut doomed: Vec<(Option<&Attachment>, &Link)> = Vec::new();
-    for end in ends {
-        let leased = stale
-            .iter()
-            .find(|attachment| end.is_host_end_of(attachment));
+    for device in devices {
+        let leased = stale.iter().find(|attachment| device.is_of(attachment));
         // Without a lease its alias says whose it is, and of which network.
         let orphan = || {
-            end.read_alias().is_some_and(|(attachment, of)| {
+            device.read_alias().is_some_and(|(attachment, of)| {
                 of.as_ref() == Some(network) && !valid.contains(&attachment)
             })
         };
         if leased.is_some() || orphan() {
-            doomed.push((leased, end));
+            doomed.push((leased, device));
         }
     }
     let links: Vec<&Link> = doomed.iter().map(|(_, link)| *link).collect();
-    let results = host.delete_all(&links).await;
+    let results = host.delete_each(&links).await;
     let mut problems = Vec::new();
     for ((attachment, _), result) in doomed.iter().zip(results) {
         if let Err(error) = result {

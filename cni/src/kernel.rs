@@ -7,7 +7,7 @@ use ferrule_model::names::{Attachment, NetworkName};
 use ferrule_model::ownership;
 use ferrule_netlink::{Error, Protocol, Socket, route};
 use ipnetwork::IpNetwork;
-use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_ECHO, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use crate::failure::{Code, Failure};
 use crate::pair::{self, Mac, Order};
+use crate::tc;
 
 /// An operation of the kernel that failed.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +46,17 @@ impl KernelError {
             Self::Open(_) | Self::Look { .. } => false,
         }
     }
+
+    /// Whether the object to be made is of a kind that the kernel does not know
+    /// and has no module for: of a device, or of a qdisc, filter or action.
+    pub(crate) fn is_unknown_kind(&self) -> bool {
+        match self {
+            Self::Order { source, .. } => {
+                matches!(source.errno(), Some(Errno::OPNOTSUPP | Errno::NOENT))
+            }
+            Self::Open(_) | Self::Look { .. } => false,
+        }
+    }
 }
 
 impl From<KernelError> for Failure {
@@ -67,6 +79,7 @@ pub(crate) struct Link {
     pub(crate) mac: Option<Mac>,
     alias: Option<String>,
     veth: bool,
+    ifb: bool,
 }
 
 impl Link {
@@ -85,6 +98,7 @@ impl Link {
                 }
                 LinkAttribute::LinkInfo(infos) => {
                     link.veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
+                    link.ifb = infos.contains(&LinkInfo::Kind(InfoKind::Ifb));
                 }
                 _ => {}
             }
@@ -97,13 +111,23 @@ impl Link {
         let mac = self.mac.map(|Mac(bytes)| bytes);
         self.veth && ownership::owns_host_veth(attachment, &self.name, self.alias.as_deref(), mac)
     }
+
+    /// Whether this is the device that shapes what comes from the attachment.
+    pub(crate) fn is_shaper_of(&self, attachment: &Attachment) -> bool {
+        let mac = self.mac.map(|Mac(bytes)| bytes);
+        self.ifb && ownership::owns_shaper(attachment, &self.name, self.alias.as_deref(), mac)
+    }
 }
 
 impl Link {
-    /// Whose host end this is, and of which network, where its alias proves it.
+    /// Whose device this is, and of which network, where its alias proves it.
     pub(crate) fn read_alias(&self) -> Option<(Attachment, Option<NetworkName>)> {
-        let alias = self.alias.as_deref().filter(|_| self.veth)?;
-        ownership::read_host_veth(&self.name, alias)
+        ownership::read_alias(&self.name, self.alias.as_deref()?)
+    }
+
+    /// Whether this is a device of the attachment, of either kind.
+    pub(crate) fn is_of(&self, attachment: &Attachment) -> bool {
+        self.is_host_end_of(attachment) || self.is_shaper_of(attachment)
     }
 }
 
@@ -121,22 +145,86 @@ impl Kernel {
 
     /// The interface of a name, if there is one.
     pub(crate) async fn link(&self, name: &str) -> Result<Option<Link>, KernelError> {
-        let found = self.ask(pair::get_link(name)).await;
-        match found {
-            Ok(messages) => Ok(messages.iter().find_map(|message| match message {
-                RouteNetlinkMessage::NewLink(link) => Some(Link::parse(link)),
-                _ => None,
-            })),
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(source) => Err(KernelError::Look {
-                what: format!("interface {name}"),
-                source,
-            }),
-        }
+        let [link] = self.links([name]).await?;
+        Ok(link)
     }
 
-    /// Every veth whose name begins like those of our host ends.
-    pub(crate) async fn host_ends(&self) -> Result<Vec<Link>, KernelError> {
+    /// The interfaces of these names, each if there is one; all are asked for at once.
+    pub(crate) async fn links<const N: usize>(
+        &self,
+        names: [&str; N],
+    ) -> Result<[Option<Link>; N], KernelError> {
+        let questions = names.map(|name| (route::encode(pair::get_link(name)), NLM_F_REQUEST));
+        let answers = self.socket.requests(questions.into()).await;
+        let mut links = [const { None }; N];
+        for ((link, name), answers) in links.iter_mut().zip(names).zip(answers) {
+            let failed = |source| KernelError::Look {
+                what: format!("interface {name}"),
+                source,
+            };
+            let answers = match answers {
+                Err(error) if error.is_not_found() => continue,
+                other => other.map_err(failed)?,
+            };
+            for answer in &answers {
+                if let RouteNetlinkMessage::NewLink(message) =
+                    route::decode(answer).map_err(failed)?
+                {
+                    *link = Some(Link::parse(&message));
+                }
+            }
+        }
+        Ok(links)
+    }
+
+    /// The rate of the token bucket filter at the root of an interface, in
+    /// bytes a second; none if something else is there.
+    pub(crate) async fn tbf_rate(&self, index: u32) -> Result<Option<u64>, KernelError> {
+        let failed = |source| KernelError::Look {
+            what: format!("the qdisc of interface {index}"),
+            source,
+        };
+        // Kernels before 6.8 answer the one who asks only if told to.
+        let question = (route::encode(tc::get_root(index)), NLM_F_ECHO);
+        let answers = match self.socket.request(question.0, question.1).await {
+            Err(error) if error.is_not_found() => return Ok(None),
+            other => other.map_err(failed)?,
+        };
+        for answer in &answers {
+            if let RouteNetlinkMessage::NewQueueDiscipline(qdisc) =
+                route::decode(answer).map_err(failed)?
+            {
+                return Ok(tc::tbf_rate(&qdisc));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The interfaces to which redirections at the ingress of an interface lead.
+    pub(crate) async fn redirects(&self, index: u32) -> Result<Vec<u32>, KernelError> {
+        let failed = |source| KernelError::Look {
+            what: format!("the filters of interface {index}"),
+            source,
+        };
+        let encoded = route::encode(tc::get_filters(index));
+        let mut found = Vec::new();
+        let answers = match self.socket.dump(encoded).await {
+            Err(error) if error.is_not_found() => return Ok(found),
+            other => other.map_err(failed)?,
+        };
+        for answer in &answers {
+            if let RouteNetlinkMessage::NewTrafficFilter(filter) =
+                route::decode(answer).map_err(failed)?
+            {
+                found.extend(tc::redirects_to(&filter));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Every veth and ifb whose name begins like ours of that kind; veths come first,
+    /// because packets are redirected to a shaper until its veth is gone.
+    pub(crate) async fn devices(&self) -> Result<Vec<Link>, KernelError> {
         let failed = |source| KernelError::Look {
             what: "interfaces".to_owned(),
             source,
@@ -148,9 +236,14 @@ impl Kernel {
             Ok(RouteNetlinkMessage::NewLink(link)) => Some(Link::parse(&link)),
             _ => None,
         });
-        Ok(links
-            .filter(|link| link.veth && link.name.starts_with(ownership::HOST_VETH_PREFIX))
-            .collect())
+        let (mut devices, shapers): (Vec<Link>, Vec<Link>) = links
+            .filter(|link| {
+                (link.veth && link.name.starts_with(ownership::HOST_VETH_PREFIX))
+                    || (link.ifb && link.name.starts_with(ownership::SHAPER_PREFIX))
+            })
+            .partition(|link| link.veth);
+        devices.extend(shapers);
+        Ok(devices)
     }
 
     /// The addresses on an interface.
@@ -249,13 +342,14 @@ impl Kernel {
         Ok(())
     }
 
-    /// Removes an interface; one that is gone already is fine.
-    pub(crate) async fn delete(&self, link: &Link) -> Result<(), KernelError> {
-        self.delete_all(&[link]).await.into_iter().collect()
+    /// Removes interfaces; those that are gone already are fine.
+    pub(crate) async fn delete(&self, links: &[Link]) -> Result<(), KernelError> {
+        let all: Vec<&Link> = links.iter().collect();
+        self.delete_each(&all).await.into_iter().collect()
     }
 
     /// Removes interfaces, each with a result of its own; one that is gone already is fine.
-    pub(crate) async fn delete_all(&self, links: &[&Link]) -> Vec<Result<(), KernelError>> {
+    pub(crate) async fn delete_each(&self, links: &[&Link]) -> Vec<Result<(), KernelError>> {
         let flags = NLM_F_REQUEST | NLM_F_ACK;
         let messages = links
             .iter()

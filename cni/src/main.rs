@@ -9,11 +9,13 @@
 //!
 //! [`environment`] and [`config`] take the call apart, one module a verb
 //! carries it out ([`add`], [`del`], [`check`], [`gc`], [`agent::status`],
-//! [`version::reply`]); [`wishes`] are what a runtime wants for one pod, with [`pair`] knowing what is made and [`kernel`]
-//! making it.
+//! [`version::reply`]). [`wishes`] are what a runtime wants for one pod;
+//! [`pair`] knows what is made and [`kernel`] makes it; [`bandwidth`], [`tc`]
+//! and [`shaper`] are the same for a pod's limits.
 
 mod add;
 mod agent;
+mod bandwidth;
 mod check;
 mod config;
 mod del;
@@ -25,7 +27,9 @@ mod kernel;
 mod netns;
 mod pair;
 mod report;
+mod shaper;
 mod sysctl;
+mod tc;
 mod undo;
 mod version;
 mod wishes;

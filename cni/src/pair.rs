@@ -104,7 +104,7 @@ impl Pair {
             pod_mac: Mac(ownership::pod_veth_mac(attachment)),
             host_name,
             pod_name: attachment.interface.clone(),
-            alias: ownership::host_veth_alias(attachment, Some(network)),
+            alias: ownership::device_alias(attachment, Some(network)),
             mtu,
             addresses,
         }
@@ -208,7 +208,7 @@ fn single(ip: IpAddr) -> (IpAddr, u8) {
     }
 }
 
-fn up(name: &str, index: u32) -> Order {
+pub(crate) fn up(name: &str, index: u32) -> Order {
     let mut link = LinkMessage::default();
     link.header.index = index;
     link.header.flags = LinkFlags::Up;

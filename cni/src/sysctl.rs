@@ -45,6 +45,9 @@ pub(crate) const NO_REDIRECTS: Setting = (Family::Ipv4, "send_redirects", "0");
 /// Some runtimes start containers with IPv6 off in `conf/default`.
 pub(crate) const IPV6_ON: Setting = (Family::Ipv6, "disable_ipv6", "0");
 
+/// For a device that carries the frames of others and none of its own.
+pub(crate) const IPV6_OFF: Setting = (Family::Ipv6, "disable_ipv6", "1");
+
 /// Writes settings of an interface, each only if it has another value: a write
 /// takes the kernel's one lock over all network configuration, a read does not.
 ///

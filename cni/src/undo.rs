@@ -1,6 +1,7 @@
 //! Takes back what a failed ADD has made.
 
 use ferrule_model::names::Attachment;
+use ferrule_model::ownership;
 
 use crate::agent::{self, Released};
 use crate::config::Config;
@@ -55,15 +56,21 @@ impl Undo {
 }
 
 /// Removes the host's end of an attachment's veth, and with it the pod's end
-/// and every route and neighbour entry over them. A link that is not provably
-/// ours stays; that there is none is fine.
+/// and every route and neighbour entry over them; and the device that shapes
+/// what comes from the pod. A link that is not provably ours stays; that there
+/// is none is fine.
 pub(crate) async fn remove_host_end(
     host: &Kernel,
     attachment: &Attachment,
 ) -> Result<(), crate::kernel::KernelError> {
-    let name = ferrule_model::ownership::host_veth_name(attachment);
-    match host.link(name.as_str()).await? {
-        Some(link) if link.is_host_end_of(attachment) => host.delete(&link).await,
-        Some(_) | None => Ok(()),
-    }
+    let veth = ownership::host_veth_name(attachment);
+    let shaper = ownership::shaper_name(attachment);
+    let [veth, shaper] = host.links([veth.as_str(), shaper.as_str()]).await?;
+    // In this order: packets are redirected to the shaper until the veth is gone.
+    let ours: Vec<_> = veth
+        .filter(|link| link.is_host_end_of(attachment))
+        .into_iter()
+        .chain(shaper.filter(|link| link.is_shaper_of(attachment)))
+        .collect();
+    host.delete(&ours).await
 }

@@ -7,6 +7,8 @@ mod support;
 
 use std::process::Command;
 
+use serde_json::{Value, json};
+
 use support::{Node, Pod, ip_json};
 
 /// The steps of a verb, as the plugin itself lists them.
@@ -32,14 +34,28 @@ fn kill_at(node: &Node, verb: &str, pod: &Pod, step: &str) {
     assert_eq!(said.code, None, "{verb} was not killed at {step}: {said:?}");
 }
 
+/// A pod with limits has one device more.
+fn with_and_without_limits() -> [Value; 2] {
+    let limits = json!({"ingressRate": 8_000_000, "ingressBurst": 800_000,
+        "egressRate": 8_000_000, "egressBurst": 800_000});
+    [json!({}), json!({"runtimeConfig": {"bandwidth": limits}})]
+}
+
 #[test]
 fn del_removes_what_a_killed_add_left() {
-    let node = Node::new();
+    for extra in with_and_without_limits() {
+        let mut node = Node::new();
+        node.extra = extra;
+        removes_what_a_killed_add_left(&node);
+    }
+}
+
+fn removes_what_a_killed_add_left(node: &Node) {
     let steps = steps("ADD");
-    assert_eq!(steps.len(), 6, "{steps:?}");
+    assert_eq!(steps.len(), 7, "{steps:?}");
     for step in &steps {
         let pod = Pod::new();
-        kill_at(&node, "ADD", &pod, step);
+        kill_at(node, "ADD", &pod, step);
         node.del("abc", &pod.path());
         node.assert_clean();
         let left = pod.inside(|| ip_json("link show type veth"));
@@ -53,8 +69,10 @@ fn del_removes_what_a_killed_add_left() {
 
 #[test]
 fn del_without_the_agent_removes_what_a_killed_add_left() {
-    for step in &steps("ADD") {
-        let node = Node::new();
+    let limited = with_and_without_limits();
+    for (step, extra) in steps("ADD").iter().zip(limited.iter().rev().cycle()) {
+        let mut node = Node::new();
+        node.extra = extra.clone();
         let pod = Pod::new();
         kill_at(&node, "ADD", &pod, step);
         node.stop_agent();
@@ -67,7 +85,9 @@ fn del_without_the_agent_removes_what_a_killed_add_left() {
 
 #[test]
 fn del_finishes_what_a_killed_del_began() {
-    let node = Node::new();
+    let mut node = Node::new();
+    let [_, limits] = with_and_without_limits();
+    node.extra = limits;
     let steps = steps("DEL");
     assert_eq!(steps.len(), 2, "{steps:?}");
     for step in &steps {

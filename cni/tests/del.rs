@@ -124,7 +124,7 @@ fn a_foreign_link_with_our_name_survives() {
     node.del("abc", "");
     ip("link show dev foreign");
     // With our alias it is ours.
-    let alias = ownership::host_veth_alias(&attachment("abc"), None);
+    let alias = ownership::device_alias(&attachment("abc"), None);
     let status = std::process::Command::new("ip")
         .args(["link", "set", name.as_str(), "alias", &alias])
         .status()

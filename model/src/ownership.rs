@@ -23,6 +23,9 @@ pub const NFT_TABLE: &str = "ferrule";
 /// Host ends of pods' veths begin so.
 pub const HOST_VETH_PREFIX: &str = "fer";
 
+/// The devices that shape what comes from pods begin so.
+pub const SHAPER_PREFIX: &str = "feb";
+
 /// `rtm_protocol` of every route we make (the kernel leaves 4 to 255 to routing
 /// programs; iproute2's `rt_protos` does not list this one).
 pub const ROUTE_PROTOCOL: u8 = 101;
@@ -42,13 +45,31 @@ fn digest(attachment: &Attachment) -> [u8; 32] {
 /// with the agent down and every record lost.
 #[must_use]
 pub fn host_veth_name(attachment: &Attachment) -> IfName {
+    derived_name(HOST_VETH_PREFIX, attachment)
+}
+
+/// Name of the ifb device that shapes what comes from a pod: the same bits
+/// behind another prefix, so that one is found from the other by eye.
+#[must_use]
+pub fn shaper_name(attachment: &Attachment) -> IfName {
+    derived_name(SHAPER_PREFIX, attachment)
+}
+
+/// Whether a name is like those of a pod's devices. No proof of anything: for
+/// telling what concerns the node's own network from what does not.
+#[must_use]
+pub fn is_of_a_pod(name: &str) -> bool {
+    name.starts_with(HOST_VETH_PREFIX) || name.starts_with(SHAPER_PREFIX)
+}
+
+fn derived_name(prefix: &str, attachment: &Attachment) -> IfName {
     const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
     let mut bits = digest(attachment)
         .iter()
         .take(8)
         .fold(0_u64, |bits, byte| (bits << 8) | u64::from(*byte));
-    let mut name = String::from(HOST_VETH_PREFIX);
-    for _ in HOST_VETH_PREFIX.len()..IfName::MAX_LEN {
+    let mut name = String::from(prefix);
+    for _ in prefix.len()..IfName::MAX_LEN {
         let index = usize::try_from(bits & 31).unwrap_or(0);
         name.push(char::from(ALPHABET[index]));
         bits >>= 5;
@@ -75,8 +96,20 @@ pub fn pod_veth_mac(attachment: &Attachment) -> [u8; 6] {
 
 fn veth_mac(attachment: &Attachment) -> [u8; 6] {
     let digest = digest(attachment);
+    mac_of(&digest[digest.len() - 6..])
+}
+
+/// Hardware address of the ifb device: nobody sends to it, it is the proof of
+/// [`owns_shaper`]. Other bits of the hash than the veth's and the names'.
+#[must_use]
+pub fn shaper_mac(attachment: &Attachment) -> [u8; 6] {
+    mac_of(&digest(attachment)[16..22])
+}
+
+/// Locally administered and unicast.
+fn mac_of(bytes: &[u8]) -> [u8; 6] {
     let mut mac = [0; 6];
-    mac.copy_from_slice(&digest[digest.len() - 6..]);
+    mac.copy_from_slice(bytes);
     mac[0] = (mac[0] & 0xfc) | 0x02;
     mac
 }
@@ -87,13 +120,13 @@ const MAX_ALIAS: usize = 255;
 /// Bytes of a container ID that stand in an alias in which it does not fit whole.
 const SHORT_ID: usize = 64;
 
-/// `IFLA_IFALIAS` of the host end of a pod's veth: tells an operator, and the
-/// agent after a loss of its leases, whose it is and of which network.
+/// `IFLA_IFALIAS` of a pod's devices on the host: tells an operator, and the
+/// agent after a loss of its leases, whose they are and of which network.
 ///
 /// A container ID that does not fit is cut and marked with `~`, which no ID
-/// has: such an alias proves whose the veth is, but cannot be read back.
+/// has: such an alias proves whose the device is, but cannot be read back.
 #[must_use]
-pub fn host_veth_alias(attachment: &Attachment, network: Option<&NetworkName>) -> String {
+pub fn device_alias(attachment: &Attachment, network: Option<&NetworkName>) -> String {
     let mut alias = alias_of(attachment);
     if let Some(network) = network
         && alias.len() + 1 + network.as_str().len() <= MAX_ALIAS
@@ -114,11 +147,12 @@ fn alias_of(attachment: &Attachment) -> String {
     format!("ferrule {}~ {}", &id[..SHORT_ID], attachment.interface)
 }
 
-/// Whose veth it is, and of which network, by the name and alias of its host end.
+/// Whose device it is, and of which network, by the name and alias of the host end
+/// of a veth, or of a shaper.
 ///
 /// `None` is for what is not provably ours, and for what we cannot read back.
 #[must_use]
-pub fn read_host_veth(name: &str, alias: &str) -> Option<(Attachment, Option<NetworkName>)> {
+pub fn read_alias(name: &str, alias: &str) -> Option<(Attachment, Option<NetworkName>)> {
     // An interface's name may have no blank, so the words are told apart.
     let mut words = alias.split(' ');
     if words.next() != Some("ferrule") {
@@ -132,7 +166,8 @@ pub fn read_host_veth(name: &str, alias: &str) -> Option<(Attachment, Option<Net
         None => None,
         Some(word) => Some(NetworkName::try_from(word.to_owned()).ok()?),
     };
-    let proven = words.next().is_none() && name == host_veth_name(&attachment).as_str();
+    let names = [host_veth_name(&attachment), shaper_name(&attachment)];
+    let proven = words.next().is_none() && names.iter().any(|ours| ours.as_str() == name);
     proven.then_some((attachment, network))
 }
 
@@ -149,14 +184,36 @@ pub fn owns_host_veth(
     alias: Option<&str>,
     mac: Option<[u8; 6]>,
 ) -> bool {
-    let proven = match alias {
+    proven(attachment, alias, mac, host_veth_mac(attachment))
+        && name == host_veth_name(attachment).as_str()
+}
+
+/// Whether an ifb device is the one that we made to shape what comes from
+/// `attachment`. The proof is that of [`owns_host_veth`].
+#[must_use]
+pub fn owns_shaper(
+    attachment: &Attachment,
+    name: &str,
+    alias: Option<&str>,
+    mac: Option<[u8; 6]>,
+) -> bool {
+    proven(attachment, alias, mac, shaper_mac(attachment))
+        && name == shaper_name(attachment).as_str()
+}
+
+fn proven(
+    attachment: &Attachment,
+    alias: Option<&str>,
+    mac: Option<[u8; 6]>,
+    derived: [u8; 6],
+) -> bool {
+    match alias {
         // The network behind it proves nothing more.
         Some(alias) => alias
             .strip_prefix(&alias_of(attachment))
             .is_some_and(|rest| rest.is_empty() || rest.starts_with(' ')),
-        None => mac == Some(host_veth_mac(attachment)),
-    };
-    proven && name == host_veth_name(attachment).as_str()
+        None => mac == Some(derived),
+    }
 }
 
 /// Whether an IPVS virtual service is ours.
@@ -216,15 +273,18 @@ mod tests {
         assert_eq!(host[..5], pod[..5]);
         assert_eq!(host[5] ^ pod[5], 1);
         assert_ne!(host, host_veth_mac(&attachment("abd", "eth0")));
+        let shaper = shaper_mac(&a);
+        assert_eq!(shaper[0] & 0x03, 0x02);
+        assert_ne!(shaper[..5], host[..5]);
     }
 
     #[test]
     fn a_name_without_proof_is_not_ours() {
         let a = attachment("abc", "eth0");
         let name = host_veth_name(&a);
-        let (name, alias, mac) = (name.as_str(), host_veth_alias(&a, None), host_veth_mac(&a));
+        let (name, alias, mac) = (name.as_str(), device_alias(&a, None), host_veth_mac(&a));
         let pods = NetworkName::try_from("pods".to_owned()).unwrap();
-        let of_network = host_veth_alias(&a, Some(&pods));
+        let of_network = device_alias(&a, Some(&pods));
         assert!(owns_host_veth(&a, name, Some(&of_network), None));
         assert!(!owns_host_veth(&a, name, Some(&format!("{alias}x")), None));
         assert!(owns_host_veth(&a, name, Some(&alias), None));
@@ -244,8 +304,8 @@ mod tests {
         let name = host_veth_name(&a);
         let pods = NetworkName::try_from("pods".to_owned()).unwrap();
         for network in [None, Some(pods)] {
-            let alias = host_veth_alias(&a, network.as_ref());
-            let read = read_host_veth(name.as_str(), &alias);
+            let alias = device_alias(&a, network.as_ref());
+            let read = read_alias(name.as_str(), &alias);
             assert_eq!(read, Some((a.clone(), network)), "{alias}");
         }
         for alias in [
@@ -257,9 +317,9 @@ mod tests {
             "ferrule abc eth0 ",
             "Ferrule abc eth0",
         ] {
-            assert_eq!(read_host_veth(name.as_str(), alias), None, "{alias}");
+            assert_eq!(read_alias(name.as_str(), alias), None, "{alias}");
         }
-        assert_eq!(read_host_veth("eth0", "ferrule abc eth0"), None);
+        assert_eq!(read_alias("eth0", "ferrule abc eth0"), None);
     }
 
     #[test]
@@ -267,7 +327,7 @@ mod tests {
         let network = NetworkName::try_from("n".repeat(128)).unwrap();
         for length in [64, 200, 232, 233, 234, 256] {
             let a = attachment(&"x".repeat(length), "fifteen-bytes__");
-            let alias = host_veth_alias(&a, Some(&network));
+            let alias = device_alias(&a, Some(&network));
             assert!(alias.len() <= MAX_ALIAS, "{length}: {}", alias.len());
             let name = host_veth_name(&a);
             assert!(owns_host_veth(&a, name.as_str(), Some(&alias), None));
@@ -276,5 +336,25 @@ mod tests {
             assert!(!owns_host_veth(&other, name.as_str(), Some(&alias), None));
             assert_ne!(name, its);
         }
+    }
+
+    #[test]
+    fn a_shaper_is_proven_like_a_veth_and_is_none() {
+        let a = attachment("abc", "eth0");
+        let (name, alias, mac) = (shaper_name(&a), device_alias(&a, None), shaper_mac(&a));
+        let name = name.as_str();
+        assert_eq!(name.len(), IfName::MAX_LEN);
+        assert_eq!(
+            name.strip_prefix(SHAPER_PREFIX),
+            host_veth_name(&a).as_str().strip_prefix(HOST_VETH_PREFIX)
+        );
+        assert!(owns_shaper(&a, name, Some(&alias), None));
+        assert!(owns_shaper(&a, name, None, Some(mac)), "before the alias");
+        assert!(!owns_shaper(&a, name, None, None));
+        assert!(!owns_shaper(&a, name, None, Some(host_veth_mac(&a))));
+        assert!(!owns_shaper(&a, name, Some("uplink"), Some(mac)));
+        let veth = host_veth_name(&a);
+        assert!(!owns_shaper(&a, veth.as_str(), Some(&alias), Some(mac)));
+        assert!(!owns_host_veth(&a, name, Some(&alias), Some(mac)));
     }
 }

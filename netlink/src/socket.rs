@@ -235,6 +235,33 @@ impl Socket {
     /// i-th result is that of the i-th message. One that fails does not keep
     /// the kernel from taking the next.
     pub async fn batch(&self, messages: Vec<(RawMessage, u16)>) -> Vec<Result<(), Error>> {
+        self.batch_heard(messages, |_, _| {}).await
+    }
+
+    /// Sends requests in the same way. The i-th result has the answers to the i-th.
+    pub async fn requests(
+        &self,
+        messages: Vec<(RawMessage, u16)>,
+    ) -> Vec<Result<Vec<RawMessage>, Error>> {
+        let mut answers = vec![Vec::new(); messages.len()];
+        let results = self
+            .batch_heard(messages, |place, answer| {
+                if let Some(answers) = answers.get_mut(place) {
+                    answers.push(answer);
+                }
+            })
+            .await;
+        let both = results.into_iter().zip(answers);
+        both.map(|(result, answers)| result.map(|()| answers))
+            .collect()
+    }
+
+    /// [`Socket::batch`]; `hear` gets what is answered to the message at a place.
+    async fn batch_heard(
+        &self,
+        messages: Vec<(RawMessage, u16)>,
+        mut hear: impl FnMut(usize, RawMessage),
+    ) -> Vec<Result<(), Error>> {
         let mut turn = self.turn.lock().await;
         turn.begin();
         let mut results = Vec::with_capacity(messages.len());
@@ -250,7 +277,11 @@ impl Socket {
             }
             let mut answered = vec![None; chunk.len()];
             let first = turn.next_number();
-            let exchange = self.exchange(&mut turn, chunk, first, &mut answered);
+            let before = results.len();
+            let exchange =
+                self.exchange(&mut turn, chunk, first, &mut answered, |place, answer| {
+                    hear(before + place, answer);
+                });
             let outcome = timeout(self.timeout, exchange)
                 .await
                 .unwrap_or(Err(Error::Timeout(self.timeout)));
@@ -359,7 +390,7 @@ impl Socket {
         let first = turn.next_number().wrapping_add(1);
         timeout(
             self.timeout,
-            self.exchange(&mut turn, batch, first, &mut results),
+            self.exchange(&mut turn, batch, first, &mut results, |_, _| {}),
         )
         .await
         .unwrap_or(Err(Error::Timeout(self.timeout)))?;
@@ -368,13 +399,14 @@ impl Socket {
 
     /// Sends messages as one datagram and fills in `results`, the first of which
     /// is that of the message with the number `first`. Returns without an error
-    /// when all are there.
+    /// when all are there; `hear` gets what else is answered, by its place.
     async fn exchange(
         &self,
         turn: &mut Turn,
         messages: Vec<(Message, ReplyExpectation)>,
         first: u32,
         results: &mut [Option<Result<(), Error>>],
+        mut hear: impl FnMut(usize, RawMessage),
     ) -> Result<(), Error> {
         let mut missing = results.len();
         let received = self.send(turn, messages)?;
@@ -382,15 +414,18 @@ impl Socket {
         while missing > 0 {
             match events.next().await {
                 Some(Event::Answer(answer)) => {
-                    let NetlinkPayload::Error(error) = answer.payload else {
-                        continue;
-                    };
                     // By its number: an answer that was lost must not shift the others.
                     let place = answer.header.sequence_number.wrapping_sub(first);
-                    let place = usize::try_from(place).ok();
-                    if let Some(slot) = place.and_then(|place| results.get_mut(place)) {
-                        missing -= usize::from(slot.is_none());
-                        *slot = Some(result(&error, answer.header.flags));
+                    let place = usize::try_from(place).unwrap_or(usize::MAX);
+                    match answer.payload {
+                        NetlinkPayload::Error(error) => {
+                            if let Some(slot) = results.get_mut(place) {
+                                missing -= usize::from(slot.is_none());
+                                *slot = Some(result(&error, answer.header.flags));
+                            }
+                        }
+                        NetlinkPayload::InnerMessage(inner) => hear(place, inner),
+                        _ => {}
                     }
                 }
                 Some(Event::Stray(stray)) => {

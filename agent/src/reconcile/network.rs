@@ -12,7 +12,7 @@ use ferrule_model::condition::{Condition, Reason};
 use ferrule_model::kube::Kind;
 use ferrule_model::network::cluster_object;
 use ferrule_model::observed::Observed;
-use ferrule_model::ownership::HOST_VETH_PREFIX;
+use ferrule_model::ownership::is_of_a_pod;
 use ferrule_model::routes::NodeRoute;
 use ferrule_model::source_nat::OwnAddress;
 use ferrule_model::view::NodeView;
@@ -127,7 +127,7 @@ impl Network {
                     if is_device || name.as_ref() == Some(&self.vip_device) {
                         let renamed = name.is_some_and(|name| name != self.vip_device);
                         self.device_suspect |= gone || !is_device || renamed;
-                    } else if name.is_none_or(|name| !name.starts_with(HOST_VETH_PREFIX)) {
+                    } else if name.is_none_or(|name| !is_of_a_pod(&name)) {
                         // The routes over a device that goes down vanish without an event of
                         // their own.
                         self.addresses_suspect = true;

@@ -75,7 +75,11 @@ pub(crate) fn our_links() -> Vec<String> {
         .unwrap()
         .iter()
         .map(|link| link["ifname"].as_str().unwrap().to_owned())
-        .filter(|name| name.starts_with(ownership::HOST_VETH_PREFIX))
+        .filter(|name| {
+            [ownership::HOST_VETH_PREFIX, ownership::SHAPER_PREFIX]
+                .iter()
+                .any(|prefix| name.starts_with(prefix))
+        })
         .collect()
 }
 
