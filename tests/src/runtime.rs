@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use rustix::fs::statfs;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
@@ -299,8 +300,10 @@ const READY: &str = "ready";
 /// What a shell tells of a process that SIGKILL has ended.
 const KILLED: i32 = 128 + 9;
 
-/// Where a runtime sees cgroups.
+/// Where a runtime sees cgroups, and the kernel's number of the one hierarchy's
+/// file system (`CGROUP2_SUPER_MAGIC` in linux/magic.h).
 const CGROUPS: &str = "/sys/fs/cgroup";
+const CGROUP2: rustix::fs::FsWord = 0x6367_7270;
 
 /// containerd looks for its shim and for runc there, and the shim for itself.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
@@ -369,7 +372,9 @@ fn take_own_view(folder: &Path) -> anyhow::Result<()> {
             .with_context(|| format!("an empty {at}"))?;
     }
     // The one hierarchy, on machines as well that use the old ones.
-    mount("cgroup2", CGROUPS, "cgroup2", MountFlags::empty(), None).context("cgroups")?;
+    if statfs(CGROUPS)?.f_type != CGROUP2 {
+        mount("cgroup2", CGROUPS, "cgroup2", MountFlags::empty(), None).context("cgroups")?;
+    }
     Ok(())
 }
 
