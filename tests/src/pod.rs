@@ -28,6 +28,7 @@ pub struct Pod {
     netns: Netns,
     container: String,
     plugin: PathBuf,
+    extra: Value,
     ips: Vec<IpAddr>,
 }
 
@@ -82,6 +83,7 @@ impl Pod {
             netns: context.netns(name)?,
             container: name.to_owned(),
             plugin: context.binary("ferrule")?,
+            extra: json!({}),
             ips: Vec::new(),
         })
     }
@@ -94,6 +96,11 @@ impl Pod {
         let mut pod = Self::create(context, name)?;
         pod.add(node)?;
         Ok(pod)
+    }
+
+    /// Sets further fields of the network configuration, for the calls to come.
+    pub fn configure(&mut self, extra: Value) {
+        self.extra = extra;
     }
 
     /// Has the network made, again and again while the answer is "try again
@@ -183,7 +190,9 @@ impl Pod {
             "agentSocket": node.socket(),
             "stateDir": node.state(),
         });
-        for (name, value) in fields.as_object().context("fields are an object")? {
+        let extra = self.extra.as_object().into_iter().flatten();
+        let fields = fields.as_object().context("fields are an object")?;
+        for (name, value) in extra.chain(fields) {
             config[name] = value.clone();
         }
         let name = &self.container;

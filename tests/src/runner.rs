@@ -32,6 +32,10 @@ pub enum Group {
     Native,
     /// IPVS and dummy devices: a machine that has them, or the virtual machine.
     Ipvs,
+    /// A clock that counts instructions (`CLOCK=count tests/vm/run`): what is
+    /// measured there does not depend on how busy the machine is. Not chosen
+    /// unless asked for by name or group.
+    Counted,
 }
 
 /// A test.
@@ -76,7 +80,11 @@ impl Selection {
             .without
             .iter()
             .any(|part| test.name.contains(part.as_str()));
-        named && !without && self.group.is_none_or(|group| group == test.group)
+        let group = match self.group {
+            Some(group) => group == test.group,
+            None => !self.filters.is_empty() || test.group != Group::Counted,
+        };
+        named && !without && group
     }
 }
 
@@ -373,6 +381,13 @@ mod tests {
             ..Selection::default()
         };
         assert!(!group.has(&a));
+        let counted = test("bandwidth/one", Group::Counted);
+        assert!(!all.has(&counted), "no clock that counts");
+        let asked = Selection {
+            filters: vec!["bandwidth".to_owned()],
+            ..Selection::default()
+        };
+        assert!(asked.has(&counted));
         let part = Selection {
             filters: vec!["pods".to_owned()],
             ..Selection::default()

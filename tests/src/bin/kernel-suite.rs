@@ -17,6 +17,8 @@ usage: kernel-suite [OPTIONS] [FILTER ...]
   --exact                  a FILTER is a whole name
   --without PART           no tests whose name has PART in it
   --group native|ipvs      only tests that need no more of the kernel; or that need IPVS
+  --group counted          only tests that need a clock that counts; without a FILTER or
+                           this they are left out
   --rounds N               run everything N times
   --list                   print names and groups, run nothing
 Environment: FERRULE_BIN_DIR (folder of ferrule-agent and ferrule), UPDATE_GOLDEN=1.
@@ -61,7 +63,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Options>
                 options.selection.group = Some(match value()?.as_str() {
                     "native" => Group::Native,
                     "ipvs" => Group::Ipvs,
-                    other => bail!("{other:?} is no group; there are native and ipvs"),
+                    "counted" => Group::Counted,
+                    other => bail!("{other:?} is no group; there are native, ipvs and counted"),
                 });
             }
             "--rounds" => options.rounds = Some(value()?.parse().context("--rounds")?),
@@ -91,7 +94,7 @@ fn run(options: &Options) -> anyhow::Result<bool> {
         for test in chosen {
             writeln!(
                 out,
-                "{:6} {}",
+                "{:7} {}",
                 format!("{:?}", test.group).to_lowercase(),
                 test.name
             )?;

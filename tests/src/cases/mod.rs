@@ -7,6 +7,7 @@ use crate::context::Context;
 use crate::runner::{Group, Test};
 
 mod audit;
+mod bandwidth;
 mod chain;
 mod churn;
 mod codec;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Test> {
         within_a_node(),
         beyond_a_node(),
         with_a_runtime(),
+        by_the_counting_clock(),
     ]
     .concat()
 }
@@ -240,6 +242,15 @@ fn with_a_runtime() -> Vec<Test> {
             runtime::containers_call_a_service,
         ),
     ]
+}
+
+fn by_the_counting_clock() -> Vec<Test> {
+    let counted = |name, minutes, run| test(name, Group::Counted, minutes, run);
+    vec![counted(
+        "bandwidth/shaped-both-ways",
+        10,
+        bandwidth::shaped_both_ways,
+    )]
 }
 
 fn test(

@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 
 use anyhow::{Context as _, bail, ensure};
+use serde_json::json;
 
 use super::world;
 use crate::context::Context;
@@ -87,6 +88,11 @@ pub(super) fn killed_at_any_step(context: &mut Context) -> anyhow::Result<()> {
     for (verb, step) in &steps {
         let killed_and_deleted = || -> anyhow::Result<()> {
             let mut pod = Pod::create(context, &format!("{verb}-{step}").to_lowercase())?;
+            // With all that a pod can have.
+            pod.configure(json!({"runtimeConfig": {"bandwidth": {
+                "ingressRate": 8_000_000, "ingressBurst": 800_000,
+                "egressRate": 8_000_000, "egressBurst": 800_000,
+            }}}));
             if verb != "ADD" {
                 pod.add(&node)?;
             }
@@ -181,7 +187,7 @@ fn die_among(node: &Node, pods: &mut [Pod]) -> anyhow::Result<()> {
 /// The devices of pods on the node. The agent has one of its own besides.
 pub(super) fn host_ends(node: &Node) -> anyhow::Result<Vec<String>> {
     let mut links = node.netns().links()?;
-    links.retain(|link| link.starts_with("fer"));
+    links.retain(|link| link.starts_with("fer") || link.starts_with("feb"));
     Ok(links)
 }
 
