@@ -45,7 +45,7 @@ use crate::reconcile::{Asker, Reconciler};
 use crate::server::Server;
 use crate::settings::{CleanupSettings, Cli, Command, LogFormat, RunSettings};
 use crate::source::Sources;
-use crate::source::kubernetes::Credentials;
+use crate::source::kubernetes::{Credentials, ServiceAccount};
 
 /// Questions that wait for the reconciler; who asks more waits.
 const QUERIES: usize = 16;
@@ -149,7 +149,11 @@ fn sources(settings: &RunSettings, config: &Config) -> Sources {
     let in_cluster = settings.in_cluster || settings.manifests.is_none();
     let credentials = match &settings.kubeconfig {
         Some(path) => Some(Credentials::Kubeconfig(path.clone())),
-        None => in_cluster.then_some(Credentials::InCluster),
+        None => in_cluster.then(|| {
+            Credentials::ServiceAccount(ServiceAccount::of_pod(
+                settings.service_account_dir.clone(),
+            ))
+        }),
     };
     Sources {
         manifests: settings.manifests.clone(),

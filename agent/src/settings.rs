@@ -92,6 +92,13 @@ pub(crate) struct RunSettings {
     /// without --manifests and --kubeconfig.
     #[arg(long)]
     pub(crate) in_cluster: bool,
+    /// Where the pod has `token` and `ca.crt` of its service account; both may change at any time.
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/var/run/secrets/kubernetes.io/serviceaccount"
+    )]
+    pub(crate) service_account_dir: PathBuf,
     /// Name of this node, as its Node object has it.
     #[arg(long, value_name = "NAME", value_parser = node_name)]
     pub(crate) node: String,

@@ -5,17 +5,18 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use anyhow::Context as _;
-use ferrule_api_server::{ApiServer, serve};
+use ferrule_api_server::{Acceptor, ApiServer, serve};
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::netns::Netns;
 
-/// Where it listens.
-const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 6443);
+/// Where it listens unless told otherwise.
+pub const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 6443);
 
-/// A server that listens on loopback until it is dropped. Its objects outlive it.
+/// A server that listens until it is dropped; then its connections break. Its
+/// objects outlive it.
 #[derive(Debug)]
 pub struct Api {
     stop: Option<oneshot::Sender<()>>,
@@ -23,11 +24,24 @@ pub struct Api {
 }
 
 impl Api {
-    /// Listens in a namespace. Returns when it does.
+    /// Listens in a namespace, on loopback and in plain text. Returns when it does.
     ///
     /// # Errors
     /// When the address is taken.
     pub fn start(netns: &Netns, server: &Arc<ApiServer>) -> anyhow::Result<Self> {
+        Self::start_at(netns, server, ADDRESS, Acceptor::Plain)
+    }
+
+    /// Listens on an address of a namespace. Returns when it does.
+    ///
+    /// # Errors
+    /// When the address is taken, or none of the namespace.
+    pub fn start_at(
+        netns: &Netns,
+        server: &Arc<ApiServer>,
+        address: SocketAddr,
+        acceptor: Acceptor,
+    ) -> anyhow::Result<Self> {
         let server = Arc::clone(server);
         let (stop, stopped) = oneshot::channel();
         let (ready, listens) = oneshot::channel();
@@ -36,10 +50,10 @@ impl Api {
                 .enable_all()
                 .build()?;
             runtime.block_on(async move {
-                let listener = TcpListener::bind(ADDRESS).await?;
+                let listener = TcpListener::bind(address).await?;
                 let _nobody_waits = ready.send(());
                 tokio::select! {
-                    ended = serve(server, listener) => ended.map(drop),
+                    ended = serve(server, listener, acceptor) => ended.map(drop),
                     _dropped = stopped => Ok(()),
                 }
             })
@@ -51,19 +65,26 @@ impl Api {
         })
     }
 
-    /// A kubeconfig by which it is reached.
+    /// A kubeconfig by which the one on loopback is reached.
     #[must_use]
     pub fn kubeconfig() -> String {
-        format!(
-            "apiVersion: v1
+        kubeconfig(&format!("http://{ADDRESS}"), "")
+    }
+}
+
+/// A kubeconfig with a token for a server, and more about its cluster, such as
+/// `, certificate-authority: ca.pem`.
+#[must_use]
+pub fn kubeconfig(server: &str, more: &str) -> String {
+    format!(
+        "apiVersion: v1
 kind: Config
-clusters: [{{name: test, cluster: {{server: \"http://{ADDRESS}\"}}}}]
+clusters: [{{name: test, cluster: {{server: {server:?}{more}}}}}]
 users: [{{name: agent, user: {{token: secret}}}}]
 contexts: [{{name: test, context: {{cluster: test, user: agent}}}}]
 current-context: test
 "
-        )
-    }
+    )
 }
 
 impl Drop for Api {

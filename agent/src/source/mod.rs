@@ -56,7 +56,7 @@ impl Sources {
             return Ok(folder(root));
         };
         let servers = Servers::open(&credentials, &self.api_servers).await?;
-        let name = format!("Kubernetes API {}", servers.address());
+        let name = format!("Kubernetes API {}", servers.addresses());
         let (sender, updates) = mpsc::channel(UPDATES);
         let task = tokio::spawn(kubernetes::run(servers, sender));
         let Some(root) = self.manifests else {

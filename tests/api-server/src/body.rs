@@ -48,6 +48,13 @@ impl Body {
         body
     }
 
+    /// One that breaks off before it begins.
+    pub(crate) fn broken() -> Self {
+        let (sender, body) = Self::channel(1);
+        let _there_is_room = sender.try_send(Part::Break);
+        body
+    }
+
     pub(crate) fn channel(room: usize) -> (mpsc::Sender<Part>, Self) {
         let (sender, parts) = mpsc::channel(room);
         (sender, Self { parts })

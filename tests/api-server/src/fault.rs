@@ -26,6 +26,8 @@ pub enum Fault {
     Garbage(usize),
     /// The event that stands after so many bytes is cut off, then others follow.
     Cut(usize),
+    /// The event that stands after so many bytes comes behind the one that follows it.
+    Swap(usize),
 }
 
 /// How often what goes wrong.
@@ -36,6 +38,8 @@ pub struct Faults {
     often: u32,
     /// A fixed list that comes before chance.
     next: Vec<Fault>,
+    /// How long what hangs does so before the connection breaks; `None`: for ever.
+    pub(crate) patience: Option<Duration>,
 }
 
 impl Faults {
@@ -61,8 +65,16 @@ impl Faults {
         Self {
             random: Some(fastrand::Rng::with_seed(seed)),
             often: percent,
-            next: Vec::new(),
+            ..Self::default()
         }
+    }
+
+    /// What hangs, or is late, does so no longer than this: a test with a clock
+    /// that cannot be moved sees more faults in its time.
+    #[must_use]
+    pub fn no_longer_than(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
+        self
     }
 
     pub(crate) fn next(&mut self) -> Option<Fault> {
@@ -74,7 +86,7 @@ impl Faults {
             return None;
         }
         let bytes = random.usize(0..4000);
-        Some(match random.u32(0..14) {
+        Some(match random.u32(0..15) {
             0 => Fault::Status(429, Some(random.u64(0..5))),
             1 => Fault::Status(401, None),
             2 => Fault::Status(500, None),
@@ -88,13 +100,14 @@ impl Faults {
             10 => Fault::HalfOpen(bytes),
             11 => Fault::Garbage(bytes),
             12 => Fault::Cut(bytes),
+            13 => Fault::Swap(bytes),
             _ => Fault::Status(404, None),
         })
     }
 }
 
 /// Lets a body go wrong.
-pub(crate) fn spoil(mut body: Body, fault: Option<Fault>) -> Body {
+pub(crate) fn spoil(mut body: Body, fault: Option<Fault>, patience: Option<Duration>) -> Body {
     let Some(fault) = fault else {
         return body;
     };
@@ -103,28 +116,37 @@ pub(crate) fn spoil(mut body: Body, fault: Option<Fault>) -> Body {
         | Fault::End(after)
         | Fault::HalfOpen(after)
         | Fault::Garbage(after)
-        | Fault::Cut(after) => after,
+        | Fault::Cut(after)
+        | Fault::Swap(after) => after,
         Fault::Status(..) | Fault::Silent | Fault::Late(_) => return body,
     };
     let (out, spoiled) = Body::channel(1);
     tokio::spawn(async move {
         let mut left = after;
         let mut done = false;
+        let mut held = None;
         while let Some(part) = body.next().await {
             let Part::Bytes(bytes) = part else {
                 return;
             };
             if done || bytes.len() <= left {
                 left = left.saturating_sub(bytes.len());
-                if out.send(Part::Bytes(bytes)).await.is_err() {
-                    return;
+                for bytes in [Some(bytes), held.take()].into_iter().flatten() {
+                    if out.send(Part::Bytes(bytes)).await.is_err() {
+                        return;
+                    }
                 }
                 continue;
             }
             done = true;
-            if at(&fault, &bytes, left, &out).await.is_err() {
+            if let Fault::Swap(_) = fault {
+                held = Some(bytes);
+            } else if at(&fault, &bytes, left, patience, &out).await.is_err() {
                 return;
             }
+        }
+        if let Some(bytes) = held {
+            let _the_client_is_gone = out.send(Part::Bytes(bytes)).await;
         }
     });
     spoiled
@@ -143,6 +165,7 @@ async fn at(
     fault: &Fault,
     bytes: &Bytes,
     left: usize,
+    patience: Option<Duration>,
     out: &mpsc::Sender<Part>,
 ) -> Result<(), Over> {
     out.send(Part::Bytes(bytes.slice(..left))).await?;
@@ -153,7 +176,13 @@ async fn at(
         }
         Fault::End(_) => Err(Over),
         Fault::HalfOpen(_) => {
-            out.closed().await;
+            match patience {
+                None => out.closed().await,
+                Some(patience) => {
+                    let _closed = tokio::time::timeout(patience, out.closed()).await;
+                    out.send(Part::Break).await?;
+                }
+            }
             Err(Over)
         }
         Fault::Garbage(_) => {
@@ -163,6 +192,6 @@ async fn at(
         }
         // Each event is a part of its own.
         Fault::Cut(_) => Ok(out.send(Part::Bytes(Bytes::from_static(b"\n"))).await?),
-        Fault::Status(..) | Fault::Silent | Fault::Late(_) => Ok(()),
+        Fault::Status(..) | Fault::Silent | Fault::Late(_) | Fault::Swap(_) => Ok(()),
     }
 }

@@ -6,15 +6,18 @@
 //! and whom it serves it asks for a token at most. [`Fault`]s make a request go
 //! wrong in a way of the test's choice.
 //!
-//! [`ApiServer::answer`] needs no network; [`serve`] puts it behind HTTP.
+//! [`ApiServer::answer`] needs no network; [`serve`] puts it behind HTTP, with the
+//! certificate of an [`Authority`] behind TLS.
 
 mod body;
+mod certificate;
 mod fault;
 mod serve;
 mod store;
 mod watch;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,8 +26,9 @@ use serde_json::{Value, json};
 use tokio::sync::watch as news;
 
 pub use self::body::Body;
+pub use self::certificate::{Authority, Identity, Validity};
 pub use self::fault::{Fault, Faults};
-pub use self::serve::serve;
+pub use self::serve::{Acceptor, serve};
 pub use self::store::{Key, RESOURCES, Resource};
 use self::store::{Page, Store};
 
@@ -46,8 +50,13 @@ pub struct ApiServer {
     store: Mutex<Store>,
     changed: news::Sender<u64>,
     faults: Mutex<Faults>,
-    streaming: Streaming,
+    streaming: Mutex<Streaming>,
     token: Mutex<Option<String>>,
+    requests: AtomicU64,
+    lists: AtomicU64,
+    largest_page: AtomicUsize,
+    /// How often all watches were ended.
+    watches: news::Sender<u64>,
 }
 
 impl ApiServer {
@@ -58,8 +67,12 @@ impl ApiServer {
             store: Mutex::default(),
             changed: news::Sender::new(0),
             faults: Mutex::default(),
-            streaming,
+            streaming: Mutex::new(streaming),
             token: Mutex::default(),
+            requests: AtomicU64::default(),
+            lists: AtomicU64::default(),
+            largest_page: AtomicUsize::default(),
+            watches: news::Sender::new(0),
         })
     }
 
@@ -97,6 +110,11 @@ impl ApiServer {
         lock(&self.store).compact();
     }
 
+    /// Ends every watch that goes on, as a server does that is asked to stop.
+    pub fn end_watches(&self) {
+        self.watches.send_modify(|ended| *ended += 1);
+    }
+
     /// From now on requests go wrong like this.
     pub fn set_faults(&self, faults: Faults) {
         *lock(&self.faults) = faults;
@@ -104,23 +122,59 @@ impl ApiServer {
         self.changed.send_modify(|_| {});
     }
 
+    /// From now on streaming lists are taken like this.
+    pub fn set_streaming(&self, streaming: Streaming) {
+        *lock(&self.streaming) = streaming;
+    }
+
     /// From now on a request must come with this token.
     pub fn set_token(&self, token: Option<&str>) {
         *lock(&self.token) = token.map(str::to_owned);
     }
 
+    /// How many requests came, whatever became of them.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// How many lists were begun and granted, streaming ones among them.
+    pub fn lists(&self) -> u64 {
+        self.lists.load(Ordering::Relaxed)
+    }
+
+    /// Objects in the largest page that was asked for.
+    pub fn largest_page(&self) -> usize {
+        self.largest_page.load(Ordering::Relaxed)
+    }
+
     /// Answers a request.
     pub async fn answer<B>(self: Arc<Self>, request: Request<B>) -> Response<Body> {
-        let fault = lock(&self.faults).next();
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let (fault, patience) = {
+            let mut faults = lock(&self.faults);
+            (faults.next(), faults.patience)
+        };
+        let hang = async {
+            match patience {
+                Some(patience) => tokio::time::sleep(patience).await,
+                None => std::future::pending().await,
+            }
+        };
         if let Some(fault) = &fault {
             match fault {
                 Fault::Status(code, retry_after) => {
                     return refused(*code, "asked for", *retry_after);
                 }
                 Fault::Silent => {
-                    std::future::pending::<()>().await;
+                    hang.await;
+                    return answer(StatusCode::OK, Body::broken());
                 }
-                Fault::Late(delay) => tokio::time::sleep(*delay).await,
+                Fault::Late(delay) => {
+                    tokio::select! {
+                        () = tokio::time::sleep(*delay) => {}
+                        () = hang => {}
+                    }
+                }
                 _ => {}
             }
         }
@@ -139,13 +193,16 @@ impl ApiServer {
             );
         };
         let query = Query::parse(request.uri().query().unwrap_or_default());
+        if query.get("resourceVersion").is_none() && query.get("continue").is_none() {
+            self.lists.fetch_add(1, Ordering::Relaxed);
+        }
         let body = if query.has("watch") {
             self.watch(resource, &query)
         } else {
             self.list(resource, &query)
         };
         match body {
-            Ok(body) => answer(StatusCode::OK, fault::spoil(body, fault)),
+            Ok(body) => answer(StatusCode::OK, fault::spoil(body, fault, patience)),
             Err(refusal) => *refusal,
         }
     }
@@ -164,6 +221,7 @@ impl ApiServer {
                 None,
             ))
         })?;
+        self.largest_page.fetch_max(items.len(), Ordering::Relaxed);
         let mut metadata = json!({"resourceVersion": version.to_string()});
         if let Some(next) = next {
             metadata["continue"] = json!(next);
@@ -183,7 +241,8 @@ impl ApiServer {
         query: &Query,
     ) -> Result<Body, Box<Response<Body>>> {
         let streaming = query.get("sendInitialEvents") == Some("true");
-        if streaming && self.streaming == Streaming::Refused {
+        let served = *lock(&self.streaming);
+        if streaming && served == Streaming::Refused {
             let words = "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch";
             return Err(Box::new(refused(422, words, None)));
         }
@@ -196,12 +255,14 @@ impl ApiServer {
         let order = watch::Order {
             resource,
             from: if streaming { None } else { from },
-            initial_end: streaming && self.streaming == Streaming::Served,
+            initial_end: streaming && served == Streaming::Served,
             bookmarks: query.get("allowWatchBookmarks") == Some("true"),
             lasts: Duration::from_secs(seconds.unwrap_or(300)),
         };
         let news = self.changed.subscribe();
-        Ok(watch::start(self, order, news))
+        let mut end = self.watches.subscribe();
+        let ended = async move { drop(end.changed().await) };
+        Ok(watch::start(self, order, news, ended))
     }
 }
 

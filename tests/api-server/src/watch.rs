@@ -23,10 +23,18 @@ pub(crate) struct Order {
 }
 
 /// Starts it.
-pub(crate) fn start(server: Arc<ApiServer>, order: Order, news: watch::Receiver<u64>) -> Body {
+pub(crate) fn start(
+    server: Arc<ApiServer>,
+    order: Order,
+    news: watch::Receiver<u64>,
+    ended: impl Future<Output = ()> + Send + 'static,
+) -> Body {
     let (sender, body) = Body::channel(16);
     tokio::spawn(async move {
-        let _the_client_is_gone = run(&server, &order, news, &sender).await;
+        tokio::select! {
+            _the_client_is_gone = run(&server, &order, news, &sender) => {}
+            () = ended => {}
+        }
     });
     body
 }

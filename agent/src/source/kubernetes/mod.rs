@@ -3,8 +3,11 @@
 //! Each kind of object has a [`Reflector`] of its own. What they tell goes on at
 //! once; the source is complete when every kind was listed whole.
 
+mod credentials;
+mod failure;
 mod reflector;
 mod servers;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -16,8 +19,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+pub(crate) use self::credentials::{Credentials, ServiceAccount};
 use self::reflector::{Away, News, Reflector, State};
-pub(crate) use self::servers::{Credentials, Servers};
+pub(crate) use self::servers::Servers;
 use super::{Report, Trouble, Update};
 
 /// The kinds that are followed.
@@ -87,7 +91,7 @@ fn say(kind: Kind, before: Option<&State>, now: &State) {
     let away_before = before.and_then(|state| state.away.as_ref());
     match (&now.away, away_before) {
         (Some(away), before) if before.is_none_or(|before| before.words != away.words) => {
-            warn!(%kind, "the API is away: {}", away.words);
+            warn!(%kind, "the API is away: {}; {}", away.words, away.remedy);
         }
         (None, Some(_)) => info!(%kind, "the API is back"),
         (_, _) => {}
@@ -129,20 +133,8 @@ fn report(states: &BTreeMap<Kind, State>) -> Report {
     report.troubles.extend(oldest.map(|away| Trouble {
         object: "Kubernetes API".to_owned(),
         problem: format!("{} cannot be followed: {}", kinds.join(", "), away.words),
-        remedy: remedy(&away.words).to_owned(),
+        remedy: away.remedy.clone(),
         since: Some(away.since),
     }));
     report
-}
-
-/// What to do about an API that is away.
-fn remedy(words: &str) -> &'static str {
-    if words.contains("401") {
-        "renew the credentials; the token of a service account is read anew by itself"
-    } else if words.contains("403") {
-        "give the agent's account the verbs list and watch on nodes, services, endpointslices \
-         and servicecidrs"
-    } else {
-        "what is programmed stays as it is; it is tried again by itself"
-    }
 }

@@ -8,29 +8,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::BytesMut;
 use ferrule_model::cluster::Event;
 use ferrule_model::kube::{Kind, ObjectKey};
 use ferrule_model::names::ObjectName;
-use http_body_util::BodyExt as _;
 use hyper::StatusCode;
-use kube_client::client::Body;
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tracing::{debug, info};
 
-use super::servers::{Failure, Servers};
+use super::failure::{Cause, Failure};
+use super::servers::{Asked, Servers};
+use super::stream::{Frames, whole};
 use super::wire::{self, Frame, Item};
 
 /// Objects of one page.
 const PAGE: usize = 500;
-
-/// Most bytes of a page, and of a list from a server that knows no pages.
-const LONGEST_PAGE: usize = 512 * 1024 * 1024;
-
-/// Most bytes of an event; an object has 1.5 MB at most, and as much again of
-/// what the server adds.
-const LONGEST_FRAME: usize = 16 * 1024 * 1024;
 
 /// How long a watch lasts before it is asked for anew: so a connection that is
 /// dead at the other end does not go unnoticed for long.
@@ -41,9 +33,6 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// How long a server that was asked for a streaming list may be silent within it.
 const STREAMING_SILENCE: Duration = Duration::from_secs(10);
-
-/// How long the body of a list may pause.
-const PAGE_SILENCE: Duration = Duration::from_secs(30);
 
 /// Pause after a failure: doubles from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
@@ -76,6 +65,8 @@ pub(super) struct Away {
     pub(super) since: u64,
     /// What happened at the last try.
     pub(super) words: String,
+    /// What to do about it.
+    pub(super) remedy: String,
 }
 
 /// How a reflector fares.
@@ -93,7 +84,8 @@ pub(super) struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Streaming {
     Unknown,
-    Yes,
+    /// It did so, and then failed so many times in a row.
+    Yes(u32),
     No,
 }
 
@@ -106,16 +98,22 @@ enum Broken {
     Gone,
     /// The server does not have the kind.
     NoSuchKind(Failure),
+    /// It seems not to list by watching.
+    NotStreamed(Failure),
     /// Nobody listens to us any more.
     Unheard,
 }
 
 impl From<Failure> for Broken {
     fn from(failure: Failure) -> Self {
-        match failure.code {
-            Some(StatusCode::GONE) => Self::Gone,
-            Some(StatusCode::NOT_FOUND) => Self::NoSuchKind(failure),
-            _ => Self::Failed(failure),
+        match failure.cause {
+            Cause::Refused(StatusCode::GONE) => Self::Gone,
+            Cause::Refused(StatusCode::NOT_FOUND) => Self::NoSuchKind(failure),
+            Cause::Unreachable
+            | Cause::Untrusted
+            | Cause::Refused(_)
+            | Cause::TooNew
+            | Cause::Nonsense => Self::Failed(failure),
         }
     }
 }
@@ -201,8 +199,12 @@ impl Reflector {
                     self.state.away = None;
                     UNKNOWN_KIND
                 }
-                Err(Broken::NoSuchKind(failure) | Broken::Failed(failure)) => {
-                    failures += 1;
+                Err(
+                    Broken::NoSuchKind(failure)
+                    | Broken::NotStreamed(failure)
+                    | Broken::Failed(failure),
+                ) => {
+                    failures += u32::from(failure.is_of_version());
                     if failures >= STUCK && self.version.is_some() {
                         failures = 0;
                         self.version = None;
@@ -211,6 +213,7 @@ impl Reflector {
                     self.state.away = Some(Away {
                         since: before.map_or_else(now, |away| away.since),
                         words: failure.words,
+                        remedy: failure.remedy,
                     });
                     let asked = failure.retry_after.unwrap_or_default();
                     grow(&mut pause).max(asked.min(LONGEST_RETRY_AFTER))
@@ -226,17 +229,20 @@ impl Reflector {
     async fn list(&mut self) -> Result<(), Broken> {
         if self.streaming != Streaming::No {
             match self.list_streaming().await {
-                Err(Broken::Failed(failure)) if self.streaming == Streaming::Unknown => {
-                    // A server that knows the parameters has shown so by its first list. One
-                    // that does not refuses them, or never says that the list is whole.
+                Err(Broken::NotStreamed(failure)) => {
                     debug!(kind = %self.kind, "no streaming list: {}", failure.words);
-                    if !matches!(
-                        failure.code,
-                        None | Some(StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY)
-                    ) {
+                    self.streaming = match self.streaming {
+                        // Another server may be asked by now, or it was not its day.
+                        Streaming::Yes(failures)
+                            if failures + 1 < STUCK && !is_refusal(failure.cause) =>
+                        {
+                            Streaming::Yes(failures + 1)
+                        }
+                        Streaming::Yes(_) | Streaming::Unknown | Streaming::No => Streaming::No,
+                    };
+                    if self.streaming != Streaming::No {
                         return Err(Broken::Failed(failure));
                     }
-                    self.streaming = Streaming::No;
                 }
                 other => return other,
             }
@@ -251,19 +257,30 @@ impl Reflector {
             path(self.kind),
             watch_time(),
         );
-        let answer = self.servers.get(&path).await?;
-        let mut frames = Frames::new(answer.into_body());
+        // A server that knows the parameters shows so by its list. One that does not
+        // refuses them, or never says that the list is whole.
+        let (body, asked) = match self.servers.get(&path).await {
+            Err(failure) if is_refusal(failure.cause) => return Err(Broken::NotStreamed(failure)),
+            other => other?,
+        };
+        let mut frames = Frames::new(body);
         let mut fresh = BTreeSet::new();
         loop {
             let line = match frames.next(STREAMING_SILENCE).await {
                 Ok(Some(line)) => line,
-                Ok(None) => return Err(failed("the list ended before it was whole")),
-                Err(words) => {
-                    self.servers.broke_off();
-                    return Err(failed(&words));
+                Ok(None) => {
+                    let words = "the list ended before it was whole".to_owned();
+                    let failure = asked.named(Failure::new(Cause::Unreachable, words));
+                    return Err(Broken::NotStreamed(failure));
+                }
+                Err(failure) => {
+                    let failure = self.servers.broke_off(&asked, failure);
+                    return Err(Broken::NotStreamed(failure));
                 }
             };
-            match wire::frame(self.kind, &line).map_err(|words| failed(&words))? {
+            match wire::frame(self.kind, &line)
+                .map_err(|words| Broken::NotStreamed(asked.named(Failure::nonsense(words))))?
+            {
                 Frame::Applied(item) => {
                     fresh.insert(item.key.name.clone());
                     self.applied(item).await?;
@@ -276,10 +293,10 @@ impl Reflector {
                     resource_version,
                     initial_end: true,
                 } => {
-                    self.streaming = Streaming::Yes;
+                    self.streaming = Streaming::Yes(0);
                     self.finish_list(&fresh, Some(resource_version)).await?;
                     // The same stream goes on as the watch.
-                    return self.follow(frames).await;
+                    return self.follow(frames, asked).await;
                 }
                 Frame::Bookmark { .. } => {}
                 Frame::Error(status) => return Err(of_status(&status)),
@@ -297,15 +314,16 @@ impl Reflector {
                 .map(|token| format!("continue={}", escape(token)));
             let query: Vec<String> = limit.into_iter().chain(token).collect();
             let path = format!("{}?{}", path(self.kind), query.join("&"));
-            let answer = self.servers.get(&path).await?;
-            let body = match whole(answer.into_body()).await {
+            let (body, asked) = self.servers.get(&path).await?;
+            let body = match whole(body).await {
                 Ok(body) => body,
-                Err(words) => {
-                    self.servers.broke_off();
-                    return Err(failed(&words));
+                Err(failure) => {
+                    let failure = self.servers.broke_off(&asked, failure);
+                    return Err(Broken::Failed(failure));
                 }
             };
-            let page = wire::page(self.kind, &body).map_err(|words| failed(&words))?;
+            let page = wire::page(self.kind, &body)
+                .map_err(|words| Broken::Failed(asked.named(Failure::nonsense(words))))?;
             drop(body);
             for item in page.items {
                 fresh.insert(item.key.name.clone());
@@ -313,7 +331,8 @@ impl Reflector {
             }
             match page.next {
                 Some(token) if Some(&token) == next.as_ref() => {
-                    return Err(failed("a page of the list is its own next page"));
+                    let words = "a page of the list is its own next page".to_owned();
+                    return Err(Broken::Failed(Failure::nonsense(words)));
                 }
                 Some(token) => next = Some(token),
                 None => {
@@ -351,12 +370,12 @@ impl Reflector {
             escape(&version),
             watch_time(),
         );
-        let answer = self.servers.get(&path).await?;
+        let (body, asked) = self.servers.get(&path).await?;
         self.state.away = None;
-        self.follow(Frames::new(answer.into_body())).await
+        self.follow(Frames::new(body), asked).await
     }
 
-    async fn follow(&mut self, mut frames: Frames) -> Result<(), Broken> {
+    async fn follow(&mut self, mut frames: Frames, asked: Asked) -> Result<(), Broken> {
         loop {
             // What has come is told before it is waited for more.
             let longest = Duration::from_secs(WATCH.1) + SILENCE;
@@ -366,12 +385,25 @@ impl Reflector {
             let line = match frames.next(longest).await {
                 Ok(Some(line)) => line,
                 Ok(None) => return Ok(()),
-                Err(words) => {
-                    self.servers.broke_off();
-                    return Err(failed(&words));
+                Err(failure) => {
+                    let failure = self.servers.broke_off(&asked, failure);
+                    return Err(Broken::Failed(failure));
                 }
             };
-            match wire::frame(self.kind, &line).map_err(|words| failed(&words))? {
+            match wire::frame(self.kind, &line)
+                .map_err(|words| Broken::Failed(asked.named(Failure::nonsense(words))))?
+            {
+                Frame::Applied(Item {
+                    resource_version, ..
+                })
+                | Frame::Deleted(Item {
+                    resource_version, ..
+                }) if self.is_past(&resource_version) => {
+                    // What stands behind it may be older than what was told, and what
+                    // was left out between the two will not come again.
+                    debug!(kind = %self.kind, "events come out of order: {resource_version}");
+                    return Err(Broken::Gone);
+                }
                 Frame::Applied(item) => {
                     self.version = Some(item.resource_version.clone());
                     self.applied(item).await?;
@@ -380,11 +412,25 @@ impl Reflector {
                     self.version = Some(item.resource_version);
                     self.deleted(item.key.name).await?;
                 }
+                // It only says what need not be asked for again.
+                Frame::Bookmark {
+                    resource_version, ..
+                } if self.is_past(&resource_version) => {}
                 Frame::Bookmark {
                     resource_version, ..
                 } => self.version = Some(resource_version),
                 Frame::Error(status) => return Err(of_status(&status)),
             }
+        }
+    }
+
+    /// Whether a version comes before the one up to which everything was told.
+    /// Versions that are no numbers cannot be compared.
+    fn is_past(&self, version: &str) -> bool {
+        let told = self.version.as_deref().map(str::parse::<u64>);
+        match (version.parse::<u64>(), told) {
+            (Ok(version), Some(Ok(told))) => version < told,
+            (Ok(_) | Err(_), _) => false,
         }
     }
 
@@ -439,22 +485,31 @@ impl Reflector {
     }
 }
 
-fn failed(words: &str) -> Broken {
-    Broken::Failed(Failure::new(words.to_owned()))
+/// Whether a server refuses parameters that it does not know, or does not serve.
+fn is_refusal(cause: Cause) -> bool {
+    matches!(
+        cause,
+        Cause::Refused(StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY)
+    )
 }
 
 fn of_status(status: &wire::Status) -> Broken {
     if status.code == StatusCode::GONE.as_u16() || status.reason == "Expired" {
         return Broken::Gone;
     }
+    let cause = match StatusCode::from_u16(status.code) {
+        _ if status.is_too_new() => Cause::TooNew,
+        Ok(code) => Cause::Refused(code),
+        Err(_) => Cause::Nonsense,
+    };
     let wire::Status {
         code,
         reason,
         message,
+        ..
     } = status;
-    failed(&format!(
-        "the server gave the watch up: {code} {reason}: {message}"
-    ))
+    let words = format!("the server gave the watch up: {code} {reason}: {message}");
+    Broken::Failed(Failure::new(cause, words))
 }
 
 fn now() -> u64 {
@@ -496,87 +551,4 @@ fn escape(value: &str) -> String {
         }
     }
     escaped
-}
-
-/// The whole body of an answer.
-async fn whole(mut body: Body) -> Result<Vec<u8>, String> {
-    let mut bytes = Vec::new();
-    loop {
-        let frame = timeout(PAGE_SILENCE, body.frame())
-            .await
-            .map_err(|_| format!("a list paused for more than {PAGE_SILENCE:?}"))?;
-        let Some(frame) = frame else {
-            return Ok(bytes);
-        };
-        let frame = frame.map_err(|error| super::servers::chain(&error))?;
-        let Ok(data) = frame.into_data() else {
-            continue;
-        };
-        if bytes.len() + data.len() > LONGEST_PAGE {
-            return Err(format!("a list of more than {LONGEST_PAGE} bytes"));
-        }
-        bytes.extend_from_slice(&data);
-    }
-}
-
-/// The lines of a body.
-struct Frames {
-    body: Body,
-    buffer: BytesMut,
-    /// Up to where there is no end of line.
-    searched: usize,
-}
-
-impl Frames {
-    fn new(body: Body) -> Self {
-        Self {
-            body,
-            buffer: BytesMut::new(),
-            searched: 0,
-        }
-    }
-
-    fn end_of_line(&mut self) -> Option<usize> {
-        let end = self.buffer[self.searched..]
-            .iter()
-            .position(|b| *b == b'\n');
-        let end = end.map(|end| end + self.searched);
-        self.searched = end.unwrap_or(self.buffer.len());
-        end
-    }
-
-    /// Whether the next line is here already.
-    fn has_line(&mut self) -> bool {
-        self.end_of_line().is_some()
-    }
-
-    /// The next line; `None` at the end. What is left behind the last line was
-    /// cut off, and is no line.
-    async fn next(&mut self, longest: Duration) -> Result<Option<BytesMut>, String> {
-        loop {
-            if let Some(end) = self.end_of_line() {
-                let mut line = self.buffer.split_to(end + 1);
-                self.searched = 0;
-                line.truncate(end);
-                if line.iter().all(u8::is_ascii_whitespace) {
-                    continue;
-                }
-                return Ok(Some(line));
-            }
-            let frame = timeout(longest, self.body.frame())
-                .await
-                .map_err(|_| format!("the server was silent for {longest:?}"))?;
-            let Some(frame) = frame else {
-                return Ok(None);
-            };
-            let frame = frame.map_err(|error| super::servers::chain(&error))?;
-            let Ok(data) = frame.into_data() else {
-                continue;
-            };
-            if self.buffer.len() + data.len() > LONGEST_FRAME + 1 {
-                return Err(format!("an event of more than {LONGEST_FRAME} bytes"));
-            }
-            self.buffer.extend_from_slice(&data);
-        }
-    }
 }

@@ -1,18 +1,24 @@
 //! The API servers of the cluster, one of which is asked at a time.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use http_body_util::BodyExt as _;
-use hyper::{Request, Response, StatusCode, header};
-use kube_client::client::Body;
-use kube_client::config::{KubeConfigOptions, Kubeconfig};
+use hyper::{Request, Response, header};
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kube_client::client::{Body, ConfigExt as _};
 use kube_client::{Client, Config};
-use tokio::time::timeout;
-use tracing::warn;
+use tokio::sync::Mutex;
+use tokio::time::{Instant, timeout};
+use tower::util::option_layer;
+use tower::{BoxError, Layer as _, ServiceExt as _};
+use tracing::{debug, warn};
 
+use super::credentials::{Credentials, url};
+use super::failure::{Cause, Failure, chain};
 use super::wire;
 
 /// Time until a connection stands.
@@ -21,46 +27,74 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// Time until a server begins its answer. Large lists take a server a while.
 const ANSWER: Duration = Duration::from_secs(30);
 
+/// A connection on which nothing comes is asked by the kernel whether the other
+/// end lives: after the first time, as often as the number says, each after the
+/// second. So a server that lost its power is missed within half a minute, though
+/// a watch may be silent for longer.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(15), Duration::from_secs(5), 3);
+
+/// How long what was sent may go without the other end's word that it came.
+const UNHEARD: Duration = Duration::from_secs(30);
+
+/// How old credentials may become. The token of a service account is replaced on
+/// the disk long before it expires, and who goes on using the old one is told of
+/// in the API's audit.
+const OLD: Duration = Duration::from_mins(5);
+
 /// Most bytes that are read of an answer which is an error.
 const LONGEST_ERROR: usize = 64 * 1024;
 
-/// Where credentials come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Credentials {
-    /// A kubeconfig file.
-    Kubeconfig(PathBuf),
-    /// The service account of the pod that we run in.
-    InCluster,
-}
-
-/// Why there is no answer.
-#[derive(Debug)]
-pub(crate) struct Failure {
-    /// What happened, for people.
-    pub(crate) words: String,
-    /// The HTTP code of the answer, if there was one.
-    pub(crate) code: Option<StatusCode>,
-    /// How long the server asks to be left alone.
-    pub(crate) retry_after: Option<Duration>,
-}
-
-impl Failure {
-    /// One without an answer.
-    pub(crate) fn new(words: String) -> Self {
-        Self {
-            words,
-            code: None,
-            retry_after: None,
-        }
-    }
-}
+/// Each server with its address.
+type Clients = Arc<[(String, Client)]>;
 
 /// The servers.
 #[derive(Clone)]
-pub(crate) struct Servers {
-    clients: Arc<[(String, Client)]>,
+pub(crate) struct Servers(Arc<Shared>);
+
+/// A server that was asked.
+pub(crate) struct Asked {
+    clients: Clients,
+    index: usize,
+}
+
+struct Shared {
+    /// From where clients are made anew; `None`: they are what they are.
+    origin: Option<Origin>,
+    clients: RwLock<Clients>,
+    /// When the credentials were read.
+    read: RwLock<Instant>,
     /// Which one is asked. It is another's turn when one does not answer.
-    current: Arc<AtomicUsize>,
+    current: AtomicUsize,
+    /// Held while the credentials are read anew.
+    renewal: Mutex<()>,
+}
+
+struct Origin {
+    credentials: Credentials,
+    addresses: Vec<String>,
+}
+
+impl Origin {
+    async fn clients(&self) -> Result<Clients, String> {
+        let config = self.credentials.read(!self.addresses.is_empty()).await?;
+        let mut clients = Vec::new();
+        if self.addresses.is_empty() {
+            clients.push((config.cluster_url.to_string(), client(&config)?));
+        }
+        let name = config.tls_server_name.clone().or_else(|| {
+            let host = config.cluster_url.host()?;
+            // An IPv6 address stands in brackets in a URL, and nowhere else.
+            Some(host.trim_matches(['[', ']']).to_owned())
+        });
+        let encrypted = config.cluster_url.scheme_str() == Some("https");
+        for address in &self.addresses {
+            let mut config = config.clone();
+            config.cluster_url = url(address, encrypted)?;
+            config.tls_server_name.clone_from(&name);
+            clients.push((address.clone(), client(&config)?));
+        }
+        Ok(clients.into())
+    }
 }
 
 impl Servers {
@@ -75,116 +109,194 @@ impl Servers {
         credentials: &Credentials,
         addresses: &[String],
     ) -> Result<Self, String> {
-        let mut config = match credentials {
-            Credentials::Kubeconfig(path) => of_kubeconfig(path).await?,
-            Credentials::InCluster if addresses.is_empty() => {
-                Config::incluster().map_err(|error| in_cluster_words(&error))?
-            }
-            Credentials::InCluster => {
-                Config::incluster_dns().map_err(|error| in_cluster_words(&error))?
-            }
+        let origin = Origin {
+            credentials: credentials.clone(),
+            addresses: addresses.to_owned(),
         };
-        config.connect_timeout = Some(CONNECT);
-        // A watch may be silent for long; who reads has time-outs of its own.
-        config.read_timeout = None;
-        config.write_timeout = Some(ANSWER);
-        // Who asks waits by itself, as long as the server says.
-        config.default_retry = false;
-        let mut clients = Vec::new();
-        if addresses.is_empty() {
-            clients.push((config.cluster_url.to_string(), client(config)?));
-        } else {
-            let name = config
-                .tls_server_name
-                .clone()
-                .or_else(|| config.cluster_url.host().map(str::to_owned));
-            for address in addresses {
-                let mut config = config.clone();
-                config.cluster_url = url(address)?;
-                config.tls_server_name.clone_from(&name);
-                clients.push((address.clone(), client(config)?));
-            }
-        }
-        Ok(Self {
-            clients: clients.into(),
-            current: Arc::default(),
-        })
+        let clients = origin.clients().await?;
+        Ok(Self::new(Some(origin), clients))
     }
 
     /// One that is reached without a network.
     #[cfg(test)]
     pub(super) fn of(clients: Vec<(String, Client)>) -> Self {
-        Self {
-            clients: clients.into(),
-            current: Arc::default(),
-        }
+        Self::new(None, clients.into())
     }
 
-    /// Where it is asked at present.
-    pub(crate) fn address(&self) -> &str {
-        &self.clients[self.index()].0
+    /// Tells one making of the clients from another.
+    #[cfg(test)]
+    pub(super) fn made(&self) -> usize {
+        Arc::as_ptr(&self.clients()).addr()
     }
 
-    fn index(&self) -> usize {
-        self.current.load(Ordering::Relaxed) % self.clients.len()
+    fn new(origin: Option<Origin>, clients: Clients) -> Self {
+        Self(Arc::new(Shared {
+            origin,
+            clients: RwLock::new(clients),
+            read: RwLock::new(Instant::now()),
+            current: AtomicUsize::default(),
+            renewal: Mutex::default(),
+        }))
+    }
+
+    /// Their addresses, in words.
+    pub(crate) fn addresses(&self) -> String {
+        let clients = self.clients();
+        let addresses: Vec<&str> = clients.iter().map(|(address, _)| &**address).collect();
+        addresses.join(", ")
+    }
+
+    fn clients(&self) -> Clients {
+        let clients = self.0.clients.read();
+        Arc::clone(&clients.unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Asks for a path such as `/api/v1/services?limit=500`. The answer's body is
     /// still to be read.
-    pub(crate) async fn get(&self, path: &str) -> Result<Response<Body>, Failure> {
-        let index = self.index();
-        let (address, client) = &self.clients[index];
-        let request = Request::get(path)
-            .header(header::ACCEPT, "application/json")
-            .body(Body::empty())
-            .map_err(|error| Failure::new(format!("cannot ask for {path}: {error}")))?;
-        let answer = match timeout(ANSWER, client.send(request)).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => {
-                self.give_up(index);
-                return Err(Failure::new(format!("{address}: {}", chain(&error))));
-            }
-            Err(_) => {
-                self.give_up(index);
-                return Err(Failure::new(format!(
-                    "{address}: no answer within {ANSWER:?}"
-                )));
-            }
+    ///
+    /// # Errors
+    /// A server that does not answer, or refuses; the next question goes to
+    /// another one, where there is one that may do better. Credentials that were
+    /// refused have been read anew by then, and were tried.
+    pub(crate) async fn get(&self, path: &str) -> Result<(Body, Asked), Failure> {
+        self.renew_if_old().await;
+        let clients = self.clients();
+        let mut failure = match self.get_once(&clients, path).await {
+            Ok(answer) => return Ok(answer),
+            Err(failure) => failure,
         };
-        if answer.status().is_success() {
-            return Ok(answer);
+        if failure.asks_for_credentials() {
+            match self.renew(&clients).await {
+                Ok(()) => return self.get_once(&self.clients(), path).await,
+                Err(words) => failure.words = format!("{}; read anew: {words}", failure.words),
+            }
         }
-        if answer.status().is_server_error() {
-            self.give_up(index);
-        }
-        Err(refusal(address, answer).await)
+        Err(failure)
     }
 
-    /// The server that was asked last went silent or broke off.
-    pub(crate) fn broke_off(&self) {
-        self.give_up(self.index());
+    async fn get_once(&self, clients: &Clients, path: &str) -> Result<(Body, Asked), Failure> {
+        let index = self.0.current.load(Ordering::Relaxed) % clients.len();
+        let (address, client) = &clients[index];
+        let mut failure = match ask(address, client, path).await {
+            Ok(answer) => {
+                let clients = Arc::clone(clients);
+                return Ok((answer.into_body(), Asked { clients, index }));
+            }
+            Err(failure) => failure,
+        };
+        if !matches!(failure.cause, Cause::Refused(code) if code.is_client_error())
+            || failure.asks_for_credentials()
+        {
+            self.give_up(clients, index);
+        }
+        if failure.cause == Cause::Unreachable && self.goes_in_a_circle() {
+            "name the API servers in apiServer of the configuration: this address is a \
+             Service's, which works only when an agent has programmed it"
+                .clone_into(&mut failure.remedy);
+        }
+        Err(failure)
+    }
+
+    /// Whether the only address is one that waits for what we learn through it.
+    fn goes_in_a_circle(&self) -> bool {
+        self.0.origin.as_ref().is_some_and(|origin| {
+            origin.addresses.is_empty() && origin.credentials.leads_through_a_service()
+        })
+    }
+
+    /// Takes in that a server did not bring its answer to an end. Returns why,
+    /// with the server's address.
+    pub(crate) fn broke_off(&self, asked: &Asked, failure: Failure) -> Failure {
+        self.give_up(&asked.clients, asked.index);
+        asked.named(failure)
+    }
+
+    /// Reads credentials anew that are old. If they cannot be read, the old ones
+    /// may still do.
+    pub(super) async fn renew_if_old(&self) {
+        let read = *self.0.read.read().unwrap_or_else(PoisonError::into_inner);
+        if read.elapsed() < OLD {
+            return;
+        }
+        match self.renew(&self.clients()).await {
+            Ok(()) => debug!("credentials were read anew"),
+            Err(words) => warn!("{words}; what was read before stays in use"),
+        }
+    }
+
+    /// Reads the credentials anew, unless somebody has since `used` were made.
+    /// What is on the disk may be half written: then those of before stay.
+    async fn renew(&self, used: &Clients) -> Result<(), String> {
+        let Some(origin) = &self.0.origin else {
+            return Ok(());
+        };
+        let _one_at_a_time = self.0.renewal.lock().await;
+        if !Arc::ptr_eq(used, &self.clients()) {
+            return Ok(());
+        }
+        *self.0.read.write().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        let fresh = origin.clients().await?;
+        let mut clients = self
+            .0
+            .clients
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        *clients = fresh;
+        Ok(())
     }
 
     /// The next server's turn, unless another has seen to it.
-    fn give_up(&self, index: usize) {
-        if self.clients.len() < 2 {
+    fn give_up(&self, clients: &Clients, index: usize) {
+        if clients.len() < 2 {
             return;
         }
-        let next = (index + 1) % self.clients.len();
-        let current = self.current.load(Ordering::Relaxed);
-        if current % self.clients.len() == index
-            && self
+        let index = index % clients.len();
+        let next = (index + 1) % clients.len();
+        let turned =
+            self.0
                 .current
-                .compare_exchange(current, next, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
-        {
+                .compare_exchange(index, next, Ordering::Relaxed, Ordering::Relaxed);
+        if turned.is_ok() {
             warn!(
-                from = self.clients[index].0,
-                to = self.clients[next].0,
+                from = clients[index].0,
+                to = clients[next].0,
                 "another API server is asked"
             );
         }
     }
+}
+
+impl Asked {
+    /// A failure with the server's address.
+    pub(crate) fn named(&self, failure: Failure) -> Failure {
+        let address = &self.clients[self.index].0;
+        Failure {
+            words: format!("{address}: {}", failure.words),
+            ..failure
+        }
+    }
+}
+
+async fn ask(address: &str, client: &Client, path: &str) -> Result<Response<Body>, Failure> {
+    let request = Request::get(path)
+        .header(header::ACCEPT, "application/json")
+        .body(Body::empty());
+    let request = request.map_err(|error| {
+        let words = format!("cannot ask for {path}: {error}");
+        Failure::new(Cause::Nonsense, words)
+    })?;
+    let answer = match timeout(ANSWER, client.send(request)).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => return Err(Failure::of_request(address, &error)),
+        Err(_) => {
+            let words = format!("{address}: no answer within {ANSWER:?}");
+            return Err(Failure::new(Cause::Unreachable, words));
+        }
+    };
+    if answer.status().is_success() {
+        return Ok(answer);
+    }
+    Err(refusal(address, answer).await)
 }
 
 async fn refusal(address: &str, answer: Response<Body>) -> Failure {
@@ -201,61 +313,36 @@ async fn refusal(address: &str, answer: Response<Body>) -> Failure {
         Ok(Err(_)) | Err(_) => hyper::body::Bytes::new(),
     };
     let status = wire::status(code.as_u16(), &body);
-    Failure {
-        words: format!("{address}: {code}: {}", status.message),
-        code: Some(code),
-        retry_after,
-    }
-}
-
-async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
-    let words = |error: &dyn std::error::Error| {
-        format!(
-            "kubeconfig {}: {}; give a file that kubectl can work with",
-            path.display(),
-            chain(error)
-        )
+    let cause = if status.is_too_new() {
+        Cause::TooNew
+    } else {
+        Cause::Refused(code)
     };
-    let kubeconfig = Kubeconfig::read_from(path).map_err(|error| words(&error))?;
-    Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-        .await
-        .map_err(|error| words(&error))
-}
-
-fn in_cluster_words(error: &dyn std::error::Error) -> String {
-    format!(
-        "no credentials of a service account: {}; run the agent in a pod that has one, or give \
-         --kubeconfig or --manifests",
-        chain(error)
-    )
-}
-
-fn url(address: &str) -> Result<hyper::Uri, String> {
-    let wrong =
-        |why: &str| format!("apiServer: {address:?} {why}; write it like https://192.0.2.1:6443");
-    let url: hyper::Uri = address.parse().map_err(|_| wrong("is no URL"))?;
-    if !matches!(url.scheme_str(), Some("https" | "http")) || url.host().is_none() {
-        return Err(wrong("is no URL with https"));
+    let words = format!("{address}: {code}: {}", status.message);
+    Failure {
+        retry_after,
+        ..Failure::new(cause, words)
     }
-    Ok(url)
 }
 
-fn client(config: Config) -> Result<Client, String> {
-    let address = config.cluster_url.to_string();
-    Client::try_from(config).map_err(|error| format!("{address}: {}", chain(&error)))
-}
-
-/// An error with what caused it, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        // Many errors say what their cause says.
-        if !words.contains(&more) {
-            words = format!("{words}: {more}");
-        }
-        cause = error.source();
-    }
-    words
+fn client(config: &Config) -> Result<Client, String> {
+    let wrong = |error: &dyn std::error::Error| format!("{}: {}", config.cluster_url, chain(error));
+    let mut connector = HttpConnector::new();
+    connector.enforce_http(false);
+    connector.set_nodelay(true);
+    connector.set_connect_timeout(Some(CONNECT));
+    let (idle, interval, retries) = KEEPALIVE;
+    connector.set_keepalive(Some(idle));
+    connector.set_keepalive_interval(Some(interval));
+    connector.set_keepalive_retries(Some(retries));
+    connector.set_tcp_user_timeout(Some(UNHEARD));
+    let connector = config
+        .rustls_https_connector_with_connector(connector)
+        .map_err(|error| wrong(&error))?;
+    let service = legacy::Client::builder(TokioExecutor::new()).build::<_, Body>(connector);
+    let service = service.map_err(BoxError::from);
+    let credentials = config.auth_layer().map_err(|error| wrong(&error))?;
+    let service = option_layer(credentials).layer(service);
+    let service = config.base_uri_layer().layer(service);
+    Ok(Client::new(service, "default"))
 }

@@ -1,6 +1,10 @@
 //! The source against a server that behaves, and one that does not. Nothing
 //! goes over a network, and time passes as soon as everybody waits for it.
 
+mod order;
+mod secure;
+mod size;
+
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io::Write as _;
@@ -62,6 +66,8 @@ struct Listener {
     report: Report,
     /// Objects that it said are gone, in order.
     gone: Vec<ObjectKey>,
+    /// Events that came.
+    events: usize,
 }
 
 impl Listener {
@@ -74,6 +80,7 @@ impl Listener {
             complete: false,
             report: Report::default(),
             gone: Vec::new(),
+            events: 0,
         }
     }
 
@@ -90,6 +97,7 @@ impl Listener {
         if let Some(report) = update.report {
             self.report = report;
         }
+        self.events += update.events.len();
         for event in update.events {
             match event {
                 Event::Applied(object) => {

@@ -66,6 +66,36 @@ pub(crate) struct Status {
     pub(crate) reason: String,
     /// A sentence for people.
     pub(crate) message: String,
+    /// More for programs.
+    pub(crate) details: Option<Details>,
+}
+
+/// More about an error.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub(crate) struct Details {
+    /// What led to it.
+    pub(crate) causes: Option<Vec<StatusCause>>,
+}
+
+/// One thing that led to an error.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub(crate) struct StatusCause {
+    /// One word for programs.
+    pub(crate) reason: String,
+}
+
+impl Status {
+    /// Whether the server was asked for a state that it has not reached yet.
+    pub(crate) fn is_too_new(&self) -> bool {
+        let details = self.details.as_ref();
+        let causes = details.and_then(|details| details.causes.as_ref());
+        causes.is_some_and(|causes| {
+            let mut causes = causes.iter();
+            causes.any(|cause| cause.reason == "ResourceVersionTooLarge")
+        })
+    }
 }
 
 #[derive(Deserialize)]

@@ -1,0 +1,185 @@
+//! Credentials, read from files into what a client is made of.
+//!
+//! Files are read each time they are asked for, so that what was rotated is
+//! found. Nothing is run: a program for credentials, as a kubeconfig can name
+//! one, might never end.
+
+use std::path::{Path, PathBuf};
+
+use hyper::Uri;
+use kube_client::Config;
+use kube_client::config::{KubeConfigOptions, Kubeconfig};
+use secrecy::SecretString;
+
+use super::failure::chain;
+
+/// The name in the certificate of every API server.
+const SERVICE_NAME: &str = "https://kubernetes.default.svc";
+
+/// Where credentials come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Credentials {
+    /// A kubeconfig file.
+    Kubeconfig(PathBuf),
+    /// The service account of the pod that we run in.
+    ServiceAccount(ServiceAccount),
+}
+
+/// What a pod has of its service account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ServiceAccount {
+    /// Where `token` and `ca.crt` are.
+    pub(crate) folder: PathBuf,
+    /// The address that the pod's environment has, as a URL: a cluster address.
+    pub(crate) address: Option<String>,
+}
+
+impl ServiceAccount {
+    /// The one of the pod that this process runs in.
+    pub(crate) fn of_pod(folder: PathBuf) -> Self {
+        let word = |name| std::env::var(name).ok().filter(|word| !word.is_empty());
+        let host = word("KUBERNETES_SERVICE_HOST");
+        let port = word("KUBERNETES_SERVICE_PORT").unwrap_or_else(|| "443".to_owned());
+        let address = host.map(|host| match host.parse() {
+            Ok(std::net::IpAddr::V6(ip)) => format!("https://[{ip}]:{port}"),
+            Ok(std::net::IpAddr::V4(_)) | Err(_) => format!("https://{host}:{port}"),
+        });
+        Self { folder, address }
+    }
+
+    fn read(&self, has_addresses: bool) -> Result<Config, String> {
+        let words = |problem: String| {
+            format!(
+                "no credentials of a service account: {problem}; run the agent in a pod that has \
+                 one, or give --kubeconfig or --manifests"
+            )
+        };
+        let address = match &self.address {
+            // Where servers are named, certificates are for the name that all have.
+            _ if has_addresses => SERVICE_NAME,
+            Some(address) => address,
+            None => {
+                return Err(words(
+                    "the environment has no KUBERNETES_SERVICE_HOST, and the configuration no \
+                     apiServer"
+                        .to_owned(),
+                ));
+            }
+        };
+        let file = |name: &str| {
+            let path = self.folder.join(name);
+            match std::fs::read(&path) {
+                Ok(bytes) if !bytes.is_empty() => Ok((path, bytes)),
+                Ok(_) => Err(words(format!("{} is empty", path.display()))),
+                Err(error) => Err(words(format!("{}: {error}", path.display()))),
+            }
+        };
+        let url = address.parse().map_err(|_| {
+            words(format!(
+                "KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT make no URL: {address:?}"
+            ))
+        })?;
+        let mut config = Config::new(url);
+        config.auth_info.token = Some(token(file("token")?.1).map_err(words)?);
+        config.root_cert_file = Some(file("ca.crt")?.0);
+        // Whom to trust is what the file says, and nobody else.
+        config.root_cert = Some(Vec::new());
+        Ok(config)
+    }
+}
+
+impl Credentials {
+    /// Reads them. `has_addresses`: servers are named elsewhere.
+    ///
+    /// # Errors
+    /// In words with a remedy.
+    pub(crate) async fn read(&self, has_addresses: bool) -> Result<Config, String> {
+        match self {
+            Self::Kubeconfig(path) => of_kubeconfig(path).await,
+            Self::ServiceAccount(account) => account.read(has_addresses),
+        }
+    }
+
+    /// Whether the address that comes with them works only when an agent has
+    /// programmed it.
+    pub(crate) fn leads_through_a_service(&self) -> bool {
+        match self {
+            Self::Kubeconfig(_) => false,
+            Self::ServiceAccount(_) => true,
+        }
+    }
+}
+
+async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
+    let wrong = |problem: String| format!("kubeconfig {}: {problem}", path.display());
+    let words = |error: &dyn std::error::Error| {
+        let words = chain(error);
+        wrong(format!("{words}; give a file that kubectl can work with"))
+    };
+    let kubeconfig = Kubeconfig::read_from(path).map_err(|error| words(&error))?;
+    let options = KubeConfigOptions::default();
+    let mut config = Config::from_custom_kubeconfig(kubeconfig.clone(), &options)
+        .await
+        .map_err(|error| words(&error))?;
+    let user = &config.auth_info;
+    if user.exec.is_some() || user.auth_provider.is_some() {
+        return Err(wrong(
+            "its user has exec or auth-provider, and the agent runs no program for credentials; \
+             give tokenFile, token, or client-certificate and client-key"
+                .to_owned(),
+        ));
+    }
+    let mut clusters = kubeconfig.clusters.iter();
+    let has_proxy = clusters.any(|named| {
+        let cluster = named.cluster.as_ref();
+        cluster.is_some_and(|cluster| cluster.proxy_url.is_some())
+    });
+    if has_proxy {
+        return Err(wrong(
+            "it has a proxy-url, and the agent asks API servers directly; remove it".to_owned(),
+        ));
+    }
+    // As kubectl does it: a file that can be read counts, and the token beside it if not.
+    if let Some(path) = config.auth_info.token_file.take() {
+        match (std::fs::read(&path), &config.auth_info.token) {
+            (Ok(bytes), _) => {
+                let token = token(bytes).map_err(|problem| wrong(format!("{path}: {problem}")))?;
+                config.auth_info.token = Some(token);
+            }
+            (Err(_), Some(_)) => {}
+            (Err(error), None) => return Err(wrong(format!("tokenFile {path}: {error}"))),
+        }
+    }
+    // The environment's proxy is meant for others.
+    config.proxy_url = None;
+    Ok(config)
+}
+
+/// A token as it stands in a file, where an editor may have added the end of a line.
+fn token(bytes: Vec<u8>) -> Result<SecretString, String> {
+    let text = String::from_utf8(bytes).map_err(|_| "the token is no text".to_owned())?;
+    let token = text.trim();
+    if token.is_empty() || token.contains(char::is_control) {
+        return Err("the token is empty, or more than a line".to_owned());
+    }
+    Ok(token.into())
+}
+
+/// A URL of `apiServer`. `encrypted`: the credentials' own server speaks TLS.
+///
+/// # Errors
+/// In words with a remedy.
+pub(crate) fn url(address: &str, encrypted: bool) -> Result<Uri, String> {
+    let wrong =
+        |why: &str| format!("apiServer: {address:?} {why}; write it like https://192.0.2.1:6443");
+    let url: Uri = address.parse().map_err(|_| wrong("is no URL"))?;
+    if url.host().is_none() {
+        return Err(wrong("is no URL with https"));
+    }
+    match url.scheme_str() {
+        Some("https") => Ok(url),
+        Some("http") if !encrypted => Ok(url),
+        Some("http") => Err(wrong("would be sent the credentials in plain text")),
+        Some(_) | None => Err(wrong("is no URL with https")),
+    }
+}

@@ -1,0 +1,110 @@
+//! Bodies of answers: whole, or line by line, within bounds of size and time.
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use http_body_util::BodyExt as _;
+use kube_client::client::Body;
+use tokio::time::timeout;
+
+use super::failure::{Cause, Failure, chain};
+
+/// Most bytes of a page, and of a list from a server that knows no pages.
+const LONGEST_PAGE: usize = 512 * 1024 * 1024;
+
+/// Most bytes of an event; an object has 1.5 MB at most, and as much again of
+/// what the server adds.
+const LONGEST_FRAME: usize = 16 * 1024 * 1024;
+
+/// How long the body of a list may pause.
+const PAGE_SILENCE: Duration = Duration::from_secs(30);
+
+/// The whole body of an answer.
+pub(super) async fn whole(mut body: Body) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    loop {
+        let frame = timeout(PAGE_SILENCE, body.frame())
+            .await
+            .map_err(|_| silent(format!("a list paused for more than {PAGE_SILENCE:?}")))?;
+        let Some(frame) = frame else {
+            return Ok(bytes);
+        };
+        let frame = frame.map_err(|error| silent(chain(&error)))?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        if bytes.len() + data.len() > LONGEST_PAGE {
+            return Err(Failure::nonsense(format!(
+                "a list of more than {LONGEST_PAGE} bytes"
+            )));
+        }
+        bytes.extend_from_slice(&data);
+    }
+}
+
+/// The lines of a body.
+pub(super) struct Frames {
+    body: Body,
+    buffer: BytesMut,
+    /// Up to where there is no end of line.
+    searched: usize,
+}
+
+impl Frames {
+    pub(super) fn new(body: Body) -> Self {
+        Self {
+            body,
+            buffer: BytesMut::new(),
+            searched: 0,
+        }
+    }
+
+    fn end_of_line(&mut self) -> Option<usize> {
+        let end = self.buffer[self.searched..]
+            .iter()
+            .position(|b| *b == b'\n');
+        let end = end.map(|end| end + self.searched);
+        self.searched = end.unwrap_or(self.buffer.len());
+        end
+    }
+
+    /// Whether the next line is here already.
+    pub(super) fn has_line(&mut self) -> bool {
+        self.end_of_line().is_some()
+    }
+
+    /// The next line; `None` at the end. What is left behind the last line was
+    /// cut off, and is no line.
+    pub(super) async fn next(&mut self, longest: Duration) -> Result<Option<BytesMut>, Failure> {
+        loop {
+            if let Some(end) = self.end_of_line() {
+                let mut line = self.buffer.split_to(end + 1);
+                self.searched = 0;
+                line.truncate(end);
+                if line.iter().all(u8::is_ascii_whitespace) {
+                    continue;
+                }
+                return Ok(Some(line));
+            }
+            let frame = timeout(longest, self.body.frame())
+                .await
+                .map_err(|_| silent(format!("the server was silent for {longest:?}")))?;
+            let Some(frame) = frame else {
+                return Ok(None);
+            };
+            let frame = frame.map_err(|error| silent(chain(&error)))?;
+            let Ok(data) = frame.into_data() else {
+                continue;
+            };
+            if self.buffer.len() + data.len() > LONGEST_FRAME + 1 {
+                let words = format!("an event of more than {LONGEST_FRAME} bytes");
+                return Err(Failure::nonsense(words));
+            }
+            self.buffer.extend_from_slice(&data);
+        }
+    }
+}
+
+fn silent(words: String) -> Failure {
+    Failure::new(Cause::Unreachable, words)
+}
