@@ -4,33 +4,36 @@
 //! before the address can be chosen again. So whatever instruction the agent
 //! dies at, no address is leased twice: at worst one is leased to a container
 //! that never came to be, whose DEL releases it.
+//!
+//! A disk that is full costs the calls that it fails, and nothing else: after a
+//! failure what is on disk is read anew before the next call is answered.
 
+pub(crate) mod file;
+
+use std::fs::File;
 use std::net::IpAddr;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use ferrule_api::status::RangeStatus;
 use ferrule_api::{PodName, Wanted, queue};
 use ferrule_model::ipam::{ChooseError, Ledger, PodRange};
 use ferrule_model::names::{Attachment, NetworkName};
-use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{Database, ReadableDatabase as _, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 
+use self::file::FileError;
 use crate::clock::Moment;
+use crate::lock::{self, LockError};
 
 /// Attachment (as JSON) to [`Record`] (as JSON).
 const LEASES: TableDefinition<'_, &str, &str> = TableDefinition::new("leases");
 
 /// Number of the release to the address that was released.
 const RELEASED: TableDefinition<'_, u64, &str> = TableDefinition::new("released");
-
-/// How long the lock of an agent that is gone may outlive it.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
-const LOCK_RETRY: Duration = Duration::from_millis(50);
 
 /// What is written about a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +82,12 @@ pub(crate) enum LeaseError {
         /// For what.
         ip: IpAddr,
     },
+    /// The state folder is another's, or cannot be had.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The file cannot serve.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The file could not be read or written.
     #[error("lease file {path}: {fault}")]
     Store {
@@ -104,48 +113,57 @@ pub(crate) enum LeaseError {
 pub(crate) struct Leases {
     path: PathBuf,
     inner: Mutex<Inner>,
+    /// Held for as long as the agent runs.
+    _folder: File,
 }
 
 #[derive(Debug)]
 struct Inner {
-    database: Database,
+    /// `None` while the disk refuses.
+    database: Option<Database>,
     ledger: Ledger,
+    trouble: Option<Trouble>,
+}
+
+/// What is wrong with the disk at present.
+#[derive(Clone, Debug)]
+pub(crate) struct Trouble {
+    /// In words, with a remedy.
+    pub(crate) words: String,
+    /// Since when, in seconds since 1970.
+    pub(crate) since: u64,
+    /// How many calls it cost.
+    pub(crate) attempts: u64,
 }
 
 impl Leases {
-    /// Opens the file, or makes it. One process at a time can have it open.
+    /// Opens the file, or makes it. One process at a time can have its folder. On a
+    /// disk that is full or read-only no lease can be given or ended; that is no error
+    /// here, for it may pass ([`Leases::trouble`]).
     ///
     /// # Errors
-    /// When it cannot be opened or read, or another agent holds it.
+    /// When the file cannot be read or is not sound, or another agent has the folder;
+    /// nothing on disk was changed then.
     pub(crate) fn open(path: &Path) -> Result<Self, LeaseError> {
-        let store_error = |fault: redb::Error| LeaseError::Store {
-            path: path.to_owned(),
-            fault,
+        let folder = lock::folder(path.parent().unwrap_or(Path::new("/")))?;
+        let mut inner = Inner {
+            database: None,
+            ledger: Ledger::default(),
+            trouble: None,
         };
-        let database = open_database(path).map_err(|e| store_error(e.into()))?;
-        create_tables(&database).map_err(store_error)?;
-        let (leases, released) = load(&database).map_err(store_error)?;
-        let mut ledger = Ledger::default();
-        for (order, ip) in released {
-            if let Ok(ip) = ip.parse() {
-                ledger.record_released(ip, order);
+        inner.ledger = ledger(path)?;
+        match file::open(path) {
+            Ok(database) => inner.database = Some(database),
+            Err(error) if error.may_pass() => {
+                error!("no address can be leased or released: {error}");
+                inner.note(error.to_string());
             }
-        }
-        for (key, value) in leases {
-            let damaged = |fault| LeaseError::Damaged {
-                path: path.to_owned(),
-                entry: key.clone(),
-                fault,
-            };
-            let attachment: Attachment = serde_json::from_str(&key).map_err(damaged)?;
-            let record: Record = serde_json::from_str(&value).map_err(damaged)?;
-            if let Err(error) = ledger.record_lease(attachment, record.addresses) {
-                error!(file = %path.display(), %error, "the earlier lease counts");
-            }
+            Err(error) => return Err(error.into()),
         }
         Ok(Self {
             path: path.to_owned(),
-            inner: Mutex::new(Inner { database, ledger }),
+            inner: Mutex::new(inner),
+            _folder: folder,
         })
     }
 
@@ -154,10 +172,52 @@ impl Leases {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Likewise, with the file open. After a failure the file says whether what
+    /// failed is in it all the same, so it is read anew.
+    fn opened(&self) -> Result<MutexGuard<'_, Inner>, LeaseError> {
+        let mut inner = self.lock();
+        if inner.database.is_some() {
+            return Ok(inner);
+        }
+        match reopen(&self.path) {
+            Ok((database, mut ledger)) => {
+                ledger.set_ranges(inner.ledger.ranges().to_vec());
+                inner.database = Some(database);
+                inner.ledger = ledger;
+                info!(file = %self.path.display(), "the lease file was opened anew");
+                Ok(inner)
+            }
+            Err(error) => {
+                inner.note(error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    /// What is wrong with the disk at present, if anything.
+    pub(crate) fn trouble(&self) -> Option<Trouble> {
+        self.lock().trouble.clone()
+    }
+
+    /// Redb does nothing more with a file once the disk failed it.
+    fn failed(&self, inner: &mut Inner, fault: redb::Error) -> LeaseError {
+        inner.database = None;
+        let error = self.store_error(fault);
+        inner.note(error.to_string());
+        error
+    }
+
     fn store_error(&self, fault: redb::Error) -> LeaseError {
-        LeaseError::Store {
-            path: self.path.clone(),
-            fault,
+        match fault {
+            redb::Error::Io(source) => LeaseError::File(FileError::Disk {
+                path: self.path.clone(),
+                action: "write to it",
+                source,
+            }),
+            fault => LeaseError::Store {
+                path: self.path.clone(),
+                fault,
+            },
         }
     }
 
@@ -184,7 +244,7 @@ impl Leases {
     /// # Errors
     /// [`LeaseError`]; nothing is leased then.
     pub(crate) fn allocate(&self, wanted: &Wanted, now: Moment) -> Result<Vec<IpAddr>, LeaseError> {
-        let mut inner = self.lock();
+        let mut inner = self.opened()?;
         let attachment = &wanted.attachment;
         let held = inner.ledger.lease(attachment).map(<[IpAddr]>::to_vec);
         let addresses = match &held {
@@ -199,9 +259,10 @@ impl Leases {
             }
             None => inner.ledger.choose(&wanted.ips)?,
         };
-        inner
-            .write_lease(attachment, &Record::of(wanted, addresses.clone(), now))
-            .map_err(|fault| self.store_error(fault))?;
+        let record = Record::of(wanted, addresses.clone(), now);
+        if let Err(fault) = inner.write_lease(attachment, &record) {
+            return Err(self.failed(&mut inner, fault));
+        }
         if held.is_none()
             && let Err(error) = inner
                 .ledger
@@ -218,7 +279,7 @@ impl Leases {
     /// # Errors
     /// When one of them is leased to another, or the file cannot be written.
     pub(crate) fn adopt(&self, attachment: &Attachment, record: &Record) -> anyhow::Result<bool> {
-        let mut inner = self.lock();
+        let mut inner = self.opened()?;
         if inner.ledger.lease(attachment).is_some() {
             return Ok(false);
         }
@@ -227,9 +288,9 @@ impl Leases {
                 bail!("address {ip} is leased to {holder}, so not to {attachment}");
             }
         }
-        inner
-            .write_lease(attachment, record)
-            .map_err(|fault| self.store_error(fault))?;
+        if let Err(fault) = inner.write_lease(attachment, record) {
+            return Err(self.failed(&mut inner, fault).into());
+        }
         inner
             .ledger
             .record_lease(attachment.clone(), record.addresses.clone())?;
@@ -246,11 +307,10 @@ impl Leases {
         attachment: &Attachment,
         should_end: impl FnOnce(&Record) -> bool,
     ) -> Result<bool, LeaseError> {
-        let mut inner = self.lock();
-        let Some((key, value)) = inner
-            .read(attachment)
-            .map_err(|fault| self.store_error(fault))?
-        else {
+        let mut inner = self.opened()?;
+        let read = inner.read(attachment);
+        let read = read.map_err(|fault| self.failed(&mut inner, fault))?;
+        let Some((key, value)) = read else {
             return Ok(false);
         };
         let record: Record = serde_json::from_str(&value).map_err(|fault| LeaseError::Damaged {
@@ -262,7 +322,7 @@ impl Leases {
             return Ok(false);
         }
         let released = inner.release(attachment);
-        released.map_err(|fault| self.store_error(fault))
+        released.map_err(|fault| self.failed(&mut inner, fault))
     }
 
     /// Ends a lease. Whether there was one is returned.
@@ -270,8 +330,9 @@ impl Leases {
     /// # Errors
     /// When it could not be written; the lease then stands.
     pub(crate) fn release(&self, attachment: &Attachment) -> Result<bool, LeaseError> {
-        let released = self.lock().release(attachment);
-        released.map_err(|fault| self.store_error(fault))
+        let mut inner = self.opened()?;
+        let released = inner.release(attachment);
+        released.map_err(|fault| self.failed(&mut inner, fault))
     }
 
     /// Ends a lease that the plugin asked to end by a file in the queue, and removes the file.
@@ -289,13 +350,12 @@ impl Leases {
         attachment: &Attachment,
         file: &Path,
     ) -> anyhow::Result<bool> {
-        let mut inner = self.lock();
+        let mut inner = self.opened()?;
         if !file.exists() {
             return Ok(false);
         }
-        let released = inner
-            .release(attachment)
-            .map_err(|fault| self.store_error(fault))?;
+        let released = inner.release(attachment);
+        let released = released.map_err(|fault| self.failed(&mut inner, fault))?;
         queue::remove(file)?;
         Ok(released)
     }
@@ -333,10 +393,9 @@ impl Leases {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Vec<(String, Attachment, Record)>, LeaseError> {
-        let inner = self.lock();
-        let entries = inner
-            .read_behind(after, limit)
-            .map_err(|fault| self.store_error(fault))?;
+        let mut inner = self.opened()?;
+        let entries = inner.read_behind(after, limit);
+        let entries = entries.map_err(|fault| self.failed(&mut inner, fault))?;
         let parsed = entries.into_iter().map(|(key, value)| {
             let damaged = |fault| LeaseError::Damaged {
                 path: self.path.clone(),
@@ -360,9 +419,31 @@ impl Inner {
     /// A lease with its key, as they stand in the file.
     fn read(&self, attachment: &Attachment) -> Result<Option<(String, String)>, redb::Error> {
         let key = json(attachment)?;
-        let read = self.database.begin_read()?;
+        let read = self.database()?.begin_read()?;
         let value = read.open_table(LEASES)?.get(&*key)?;
         Ok(value.map(|value| (key, value.value().to_owned())))
+    }
+
+    fn note(&mut self, words: String) {
+        let trouble = self.trouble.get_or_insert_with(|| Trouble {
+            words: String::new(),
+            since: crate::reconcile::now(),
+            attempts: 0,
+        });
+        trouble.words = words;
+        trouble.attempts += 1;
+    }
+
+    fn database(&self) -> Result<&Database, redb::Error> {
+        self.database.as_ref().ok_or(redb::Error::DatabaseClosed)
+    }
+
+    /// In two phases: whatever a crash leaves, the commit that counts is whole, so
+    /// that damage to it is never taken for a commit that was cut off.
+    fn begin(&self) -> Result<WriteTransaction, redb::Error> {
+        let mut write = self.database()?.begin_write()?;
+        write.set_two_phase_commit(true);
+        Ok(write)
     }
 
     fn read_behind(
@@ -370,7 +451,7 @@ impl Inner {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Vec<(String, String)>, redb::Error> {
-        let read = self.database.begin_read()?;
+        let read = self.database()?.begin_read()?;
         let table = read.open_table(LEASES)?;
         let start = after.map_or(Bound::Unbounded, Bound::Excluded);
         let mut entries = Vec::new();
@@ -391,9 +472,9 @@ impl Inner {
         Ok(true)
     }
 
-    fn write_lease(&self, attachment: &Attachment, record: &Record) -> Result<(), redb::Error> {
+    fn write_lease(&mut self, attachment: &Attachment, record: &Record) -> Result<(), redb::Error> {
         let (key, value) = (json(attachment)?, json(record)?);
-        let write = self.database.begin_write()?;
+        let write = self.begin()?;
         write.open_table(LEASES)?.insert(&*key, &*value)?;
         {
             // The released entries of addresses in use again have no meaning any longer.
@@ -402,17 +483,18 @@ impl Inner {
             released.retain(|_, ip| !texts.iter().any(|text| text == ip))?;
         }
         write.commit()?;
+        self.trouble = None;
         Ok(())
     }
 
     fn write_release(
-        &self,
+        &mut self,
         attachment: &Attachment,
         addresses: &[IpAddr],
         order: u64,
     ) -> Result<(), redb::Error> {
         let key = json(attachment)?;
-        let write = self.database.begin_write()?;
+        let write = self.begin()?;
         write.open_table(LEASES)?.remove(&*key)?;
         {
             let mut released = write.open_table(RELEASED)?;
@@ -421,21 +503,8 @@ impl Inner {
             }
         }
         write.commit()?;
+        self.trouble = None;
         Ok(())
-    }
-}
-
-/// An agent that was killed a moment ago may have left a child that still has
-/// the lock: one that was about to become another program.
-fn open_database(path: &Path) -> Result<Database, DatabaseError> {
-    let patience = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match Database::create(path) {
-            Err(DatabaseError::DatabaseAlreadyOpen) if Instant::now() < patience => {
-                std::thread::sleep(LOCK_RETRY);
-            }
-            other => return other,
-        }
     }
 }
 
@@ -443,29 +512,33 @@ fn json<T: Serialize>(value: &T) -> Result<String, redb::Error> {
     serde_json::to_string(value).map_err(|error| redb::Error::Io(error.into()))
 }
 
-fn create_tables(database: &Database) -> Result<(), redb::Error> {
-    let write = database.begin_write()?;
-    write.open_table(LEASES)?;
-    write.open_table(RELEASED)?;
-    write.commit()?;
-    Ok(())
+fn reopen(path: &Path) -> Result<(Database, Ledger), LeaseError> {
+    let ledger = ledger(path)?;
+    Ok((file::open(path)?, ledger))
 }
 
-type Stored = (Vec<(String, String)>, Vec<(u64, String)>);
-
-fn load(database: &Database) -> Result<Stored, redb::Error> {
-    let read = database.begin_read()?;
-    let mut leases = Vec::new();
-    for entry in read.open_table(LEASES)?.iter()? {
-        let (key, value) = entry?;
-        leases.push((key.value().to_owned(), value.value().to_owned()));
+/// The ledger as the file has it; nothing is changed.
+fn ledger(path: &Path) -> Result<Ledger, LeaseError> {
+    let contents = file::read(path)?.unwrap_or_default();
+    let mut ledger = Ledger::default();
+    for (order, ip) in contents.released {
+        if let Ok(ip) = ip.parse() {
+            ledger.record_released(ip, order);
+        }
     }
-    let mut released = Vec::new();
-    for entry in read.open_table(RELEASED)?.iter()? {
-        let (order, ip) = entry?;
-        released.push((order.value(), ip.value().to_owned()));
+    for (key, value) in contents.leases {
+        let damaged = |fault| LeaseError::Damaged {
+            path: path.to_owned(),
+            entry: key.clone(),
+            fault,
+        };
+        let attachment: Attachment = serde_json::from_str(&key).map_err(damaged)?;
+        let record: Record = serde_json::from_str(&value).map_err(damaged)?;
+        if let Err(error) = ledger.record_lease(attachment, record.addresses) {
+            error!(file = %path.display(), %error, "the earlier lease counts");
+        }
     }
-    Ok((leases, released))
+    Ok(ledger)
 }
 
 #[cfg(test)]
@@ -593,7 +666,7 @@ mod tests {
         let path = dir.path().join("leases.redb");
         let held = Leases::open(&path).unwrap();
         let holder = std::thread::spawn(move || {
-            std::thread::sleep(LOCK_RETRY * 4);
+            std::thread::sleep(lock::RETRY * 4);
             drop(held);
         });
         assert_eq!(Leases::open(&path).unwrap().count(), 0);

@@ -6,12 +6,14 @@
 //! the CNI plugin from [`leases`]. [`status`] is another command: it asks a
 //! running agent how it fares.
 
+mod check;
 mod clock;
 mod config;
 mod desk;
 mod housekeeping;
 mod leases;
 mod links;
+mod lock;
 mod memory;
 mod metrics;
 mod plan;
@@ -26,6 +28,7 @@ mod uplink;
 use std::fs;
 use std::io::IsTerminal as _;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -37,9 +40,11 @@ use tokio::sync::mpsc;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
+use crate::check::LEASE_FILE;
 use crate::config::Config;
 use crate::desk::Desk;
 use crate::leases::Leases;
+use crate::lock::{LockError, Owned};
 use crate::pods::Pods;
 use crate::reconcile::{Asker, Reconciler};
 use crate::server::Server;
@@ -58,6 +63,7 @@ fn main() -> ExitCode {
         Command::Cleanup(settings) => in_runtime(cli.log_format, cleanup(settings)),
         Command::Status(settings) => status::run(&settings),
         Command::Plan(settings) => plan::run(&settings),
+        Command::Check(settings) => check::run(&settings, |config| sources(&settings.run, config)),
     }
 }
 
@@ -99,26 +105,31 @@ fn start_log(format: LogFormat) {
 async fn run(settings: RunSettings) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let config = Config::read(settings.config.as_deref())?;
+    // Whatever can keep the agent from running is found out before anything is changed.
+    let config = check::before_start(&settings)?;
+    let (source_name, updates, source) = sources(&settings, &config)
+        .follow()
+        .await
+        .map_err(anyhow::Error::msg)?;
+    let node_settings: ferrule_datapath::Settings = settings.node_settings.clone().into();
+    let owned = own(&node_settings)?;
     make_private_folder(&settings.state_dir)?;
-    let leases = Leases::open(&settings.state_dir.join("leases.redb"))?;
+    let leases = Leases::open(&settings.state_dir.join(LEASE_FILE))?;
     info!(leases = leases.count(), node = settings.node, "starting");
     let server = Server::bind(&settings.socket)?;
+    for listener in owned {
+        tokio::spawn(lock::turn_away(listener));
+    }
     let mtu = match settings.mtu {
         Some(mtu) => mtu,
         None => uplink::mtu().await,
     };
     // Pods need this even where services cannot be programmed.
-    let node_settings: ferrule_datapath::Settings = settings.node_settings.clone().into();
     if let Err(error) = ferrule_datapath::ensure_forwarding(&node_settings.sysctl_root) {
         tracing::error!("pods cannot reach beyond this node: {error}");
     }
     let sysctl_root = node_settings.sysctl_root.clone();
     let pods = Arc::new(Pods::new(leases, settings.state_dir.clone(), mtu));
-    let (source_name, updates, source) = sources(&settings, &config)
-        .follow()
-        .await
-        .map_err(anyhow::Error::msg)?;
     let reconciler = Reconciler::new(
         &settings.node,
         node_settings,
@@ -142,6 +153,13 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
         result = house => result.context("the housekeeping ended")?,
     }
     Ok(())
+}
+
+/// Takes what only one agent of a network namespace may own.
+fn own(settings: &ferrule_datapath::Settings) -> Result<Vec<UnixListener>, LockError> {
+    let table = Owned::table(&settings.nft_table).take()?;
+    let device = Owned::device(settings.vip_device.as_str()).take()?;
+    Ok([table, device].into_iter().flatten().collect())
 }
 
 /// A cluster is followed if it is named, and if nothing else is.

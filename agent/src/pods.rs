@@ -275,6 +275,8 @@ fn call_error(error: &LeaseError) -> CallError {
         LeaseError::Store { .. } | LeaseError::Damaged { .. } => {
             (ErrorCode::Internal, "; is the disk full or read-only?")
         }
+        // They have their remedy.
+        LeaseError::File(_) | LeaseError::Lock(_) => (ErrorCode::Internal, ""),
     };
     CallError {
         code,

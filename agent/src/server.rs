@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
+use crate::check::socket::{self, Place};
 use crate::desk::Desk;
 
 /// Connections that are served at the same time; kubelet starts hundreds of pods at once. Far fewer
@@ -38,11 +39,12 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Binds the socket with mode 0600. A file that a dead agent left is replaced.
+    /// Binds the socket with mode 0600. A socket that a dead agent left is replaced.
     ///
     /// # Errors
     /// When another agent answers there, or the path cannot be used.
     pub(crate) fn bind(path: &Path) -> anyhow::Result<Self> {
+        socket::judge(path)?;
         if let Some(folder) = path.parent() {
             fs::DirBuilder::new()
                 .recursive(true)
@@ -50,16 +52,8 @@ impl Server {
                 .create(folder)
                 .with_context(|| format!("cannot make folder {}", folder.display()))?;
         }
-        match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => bail!(
-                "another agent listens on {}; stop it, or give this one another --socket",
-                path.display()
-            ),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                fs::remove_file(path)
-                    .with_context(|| format!("cannot replace {}", path.display()))?;
-            }
-            Err(_) => {}
+        if socket::judge(path)? == Place::Left {
+            fs::remove_file(path).with_context(|| format!("cannot replace {}", path.display()))?;
         }
         // The mode is right from the first moment on, not after a chmod.
         let before = rustix::process::umask(Mode::from_raw_mode(0o177));

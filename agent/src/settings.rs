@@ -47,6 +47,28 @@ pub(crate) enum Command {
     Status(StatusSettings),
     /// Show what a node would program, from manifests alone: without root, without touching a kernel.
     Plan(PlanSettings),
+    /// Check whether this node is fit for the agent, without changing anything; exits with 0 when it is, also with
+    /// warnings, and 1 when a check failed.
+    Check(CheckSettings),
+}
+
+/// Settings of `check`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CheckSettings {
+    #[command(flatten)]
+    pub(crate) run: RunSettings,
+    /// Where the container runtime looks for plugins.
+    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
+    pub(crate) cni_bin_dir: PathBuf,
+    /// Where the container runtime looks for network configurations.
+    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    pub(crate) cni_conf_dir: PathBuf,
+    /// Load kernel modules first, as `run` does; this is all that is ever changed.
+    #[arg(long, conflicts_with = "no_load_modules")]
+    pub(crate) load_modules: bool,
+    /// How it is shown.
+    #[arg(long, short, value_enum, default_value = "text")]
+    pub(crate) output: Output,
 }
 
 /// Settings of `plan`.

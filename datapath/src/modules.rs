@@ -8,20 +8,43 @@ use tokio::process::Command;
 use tokio::time::timeout;
 use tracing::debug;
 
+/// A kernel module and what needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Its name, with underscores.
+    pub name: &'static str,
+    /// What does not work without it.
+    pub serves: &'static str,
+}
+
 /// What services need. The kernel would load those of nftables by itself, one after the other while
 /// a ruleset is loaded, which it begins anew after each: on a cold machine that takes a minute.
-const MODULES: [&str; 10] = [
-    "ip_vs",
-    "ip_vs_rr",
-    "nf_conntrack",
-    "dummy",
-    "nf_tables",
-    "nft_ct",
-    "nft_chain_nat",
-    "nft_masq",
-    "nft_reject_inet",
-    "nft_fib_inet",
+pub const NEEDED: [Module; 10] = [
+    needed("ip_vs", "services"),
+    needed("ip_vs_rr", "services with the scheduler rr"),
+    needed("nf_conntrack", "services and source NAT"),
+    needed("dummy", "VIPs"),
+    needed("nf_tables", "the guard and source NAT"),
+    needed("nft_ct", "source NAT"),
+    needed("nft_chain_nat", "source NAT"),
+    needed("nft_masq", "source NAT"),
+    needed("nft_reject_inet", "the guard"),
+    needed("nft_fib_inet", "the guard"),
 ];
+
+const fn needed(name: &'static str, serves: &'static str) -> Module {
+    Module { name, serves }
+}
+
+/// How modules are loaded now, and at each boot.
+#[must_use]
+pub fn remedy(names: &[&str]) -> String {
+    format!(
+        "load with `modprobe -a {}` (for good: a line for each in /etc/modules-load.d/ferrule.conf), \
+         or use a kernel that has them",
+        names.join(" ")
+    )
+}
 
 /// Where distributions have the program; the agent's PATH may be empty.
 const PROGRAMS: [&str; 3] = ["/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe"];
@@ -36,15 +59,15 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// failure by itself: a container may lack the program, or a kernel have it
 /// built in without saying so. Whoever needs the module finds out, and has the
 /// better message.
-pub(crate) async fn load() -> Vec<&'static str> {
+pub async fn load() -> Vec<Module> {
     let program = PROGRAMS.into_iter().find(|path| Path::new(path).exists());
     let mut missing = Vec::new();
-    for module in MODULES {
-        if Path::new(LOADED).join(module).exists() {
+    for module in NEEDED {
+        if Path::new(LOADED).join(module.name).exists() {
             continue;
         }
         let loaded = match program {
-            Some(program) => load_one(program, module).await,
+            Some(program) => load_one(program, module.name).await,
             None => false,
         };
         if !loaded {

@@ -57,9 +57,16 @@ pub struct Settings {
 pub enum OpenError {
     /// No IPVS.
     #[error(
-        "this kernel has no IPVS ({0}); load it with `modprobe ip_vs`, or use a kernel that has it"
+        "this kernel has no IPVS, without which no service is programmed ({0}); {remedy}",
+        remedy = modules::remedy(&["ip_vs", "ip_vs_rr"])
     )]
     NoIpvs(Error),
+    /// No nftables.
+    #[error(
+        "this kernel has no nftables, without which there is neither guard nor source NAT ({0}); {remedy}",
+        remedy = modules::remedy(&["nf_tables"])
+    )]
+    NoNftables(Error),
     /// A socket could not be made.
     #[error("cannot talk to the kernel: {0}")]
     Socket(Error),
@@ -135,8 +142,12 @@ impl Node {
         if settings.load_modules {
             let missing = modules::load().await;
             if !missing.is_empty() {
+                let names: Vec<&str> = missing.iter().map(|module| module.name).collect();
+                let mut serves: Vec<&str> = missing.iter().map(|module| module.serves).collect();
+                serves.dedup();
                 warn!(
-                    ?missing,
+                    modules = names.join(" "),
+                    needed_for = serves.join(", "),
                     "kernel modules could not be loaded; what needs them fails and says so"
                 );
             }
@@ -150,7 +161,13 @@ impl Node {
         })?;
         sysctl::ensure_forwarding(&settings.sysctl_root)?;
         sysctl::ensure_services(&settings.sysctl_root)?;
-        let netfilter = Socket::open(Protocol::Netfilter).map_err(OpenError::Socket)?;
+        let netfilter = Socket::open(Protocol::Netfilter).map_err(|error| {
+            if error.errno() == Some(Errno::PROTONOSUPPORT) {
+                OpenError::NoNftables(error)
+            } else {
+                OpenError::Socket(error)
+            }
+        })?;
         let loaded = load_filter(&settings, &netfilter, &nat, keep).await?;
         Ok(Self {
             ipvs,

@@ -16,7 +16,9 @@ use netlink_packet_route::address::{
 };
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rustix::io::Errno;
 
+use crate::modules;
 use crate::routes::forgive;
 
 /// `INFINITY_LIFE_TIME` of `net/addrconf.h`.
@@ -33,6 +35,15 @@ pub enum DeviceError {
         /// On which device.
         device: IfName,
         /// Why not.
+        source: Error,
+    },
+    /// No dummy devices.
+    #[error(
+        "this kernel has no dummy devices, without which VIPs have no place ({source}); {}",
+        modules::remedy(&["dummy"])
+    )]
+    NoDummy {
+        /// What the kernel said.
         source: Error,
     },
     /// Somebody's device has the name.
@@ -78,6 +89,9 @@ impl VipDevice {
             Ok(_) => {}
             // Made by another since we looked.
             Err(error) if error.already_exists() => {}
+            Err(source) if source.errno() == Some(Errno::OPNOTSUPP) => {
+                return Err(DeviceError::NoDummy { source });
+            }
             Err(error) => return Err(failed(error)),
         }
         Self::find(name).await?.ok_or_else(|| {

@@ -36,7 +36,8 @@ use tracing::{debug, error, info, warn};
 
 use self::audit::Audit;
 use self::difference::{Difference, Drifts};
-use self::faults::{About, Faults, now, remedy, with_remedy};
+pub(crate) use self::faults::now;
+use self::faults::{About, Faults, remedy, with_remedy};
 use self::network::Network;
 pub(crate) use self::report::{Asker, Query};
 use crate::config::Config;

@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::Reconciler;
-use super::faults::now;
+use super::faults::{now, with_remedy};
 use crate::source::{Report, Trouble};
 
 /// How long an answer may take before an older one is given.
@@ -183,6 +183,7 @@ impl Reconciler {
         let mut problems: Vec<Problem> = self.faults.problems().collect();
         problems.extend(self.source.problems(self.complete));
         problems.extend(self.pool_problems());
+        problems.extend(self.lease_problem());
         let problem_count = problems.len();
         problems.truncate(MAX_LISTED);
         for problem in &mut problems {
@@ -327,6 +328,19 @@ impl Reconciler {
             attempts: 0,
         })
         .collect()
+    }
+
+    /// Pods can neither come nor go in order while the disk refuses.
+    fn lease_problem(&self) -> Option<Problem> {
+        let trouble = self.pods.leases().trouble()?;
+        let (problem, remedy) = with_remedy(&trouble.words);
+        Some(Problem {
+            object: "leases".to_owned(),
+            problem: format!("no address can be leased or released: {problem}"),
+            remedy,
+            since: trouble.since,
+            attempts: trouble.attempts,
+        })
     }
 
     /// The first of what is to be said about objects, and how much that is.

@@ -14,4 +14,4 @@ mod ruleset;
 pub use elements::{Element, Elements, Strange};
 pub use inspect::{TableState, counters, generation, table};
 pub(crate) use ruleset::SOURCE_NAT_CHAINS;
-pub use ruleset::{RulesetError, load, load_anew, remove};
+pub use ruleset::{RulesetError, check, load, load_anew, remove};

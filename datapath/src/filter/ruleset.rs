@@ -124,6 +124,21 @@ pub async fn load_anew(
     run(program, text).await
 }
 
+/// Whether program and kernel take our ruleset; changes nothing, but the kernel may
+/// load modules for it.
+///
+/// # Errors
+/// [`RulesetError`].
+pub async fn check(program: &Path, table: &str) -> Result<(), RulesetError> {
+    check_name(table)?;
+    execute(
+        program,
+        &["--check", "-f", "-"],
+        Ruleset::whole(table, None),
+    )
+    .await
+}
+
 /// Removes our table with all that is in it. One that is gone is fine.
 ///
 /// # Errors
@@ -438,13 +453,17 @@ fn braces<T: ToString>(elements: &[T]) -> Option<String> {
 }
 
 async fn run(program: &Path, text: String) -> Result<(), RulesetError> {
+    execute(program, &["-f", "-"], text).await
+}
+
+async fn execute(program: &Path, arguments: &[&str], text: String) -> Result<(), RulesetError> {
     let name = program.display().to_string();
     let failed = |source| RulesetError::Run {
         program: name.clone(),
         source,
     };
     let mut child = Command::new(program)
-        .args(["-f", "-"])
+        .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 pub(crate) use self::credentials::{Credentials, ServiceAccount};
+pub(crate) use self::failure::chain;
 use self::reflector::{Away, News, Reflector, State};
 pub(crate) use self::servers::Servers;
 use super::{Report, Trouble, Update};

@@ -245,6 +245,20 @@ impl Servers {
         Ok(())
     }
 
+    /// Asks each server for its version, all at the same time; what each answered within `limit`.
+    pub(crate) async fn try_each(&self, limit: Duration) -> Vec<(String, Result<(), Failure>)> {
+        let clients = self.clients();
+        let tries = clients.iter().map(|(address, client)| async move {
+            let answer = timeout(limit, ask(address, client, "/version")).await;
+            let outcome = answer.unwrap_or_else(|_| {
+                let words = format!("{address}: no answer within {limit:?}");
+                Err(Failure::new(Cause::Unreachable, words))
+            });
+            (address.clone(), outcome.map(drop))
+        });
+        futures_util::future::join_all(tries).await
+    }
+
     /// The next server's turn, unless another has seen to it.
     fn give_up(&self, clients: &Clients, index: usize) {
         if clients.len() < 2 {

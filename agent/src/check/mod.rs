@@ -1,0 +1,203 @@
+//! The checks of a start: what must hold before the agent touches anything.
+//!
+//! `ferrule-agent check` makes all of them and prints a table; nothing is changed,
+//! and it may be done without root and while an agent runs. `run` makes those
+//! first without which it cannot go on, so that both say the same sentences. What
+//! a running agent can do without (IPVS, the program `nft`, a Node object) is no
+//! reason to end for `run`: it goes on with what works, and `status` names the rest.
+
+mod cni;
+mod features;
+mod folder;
+mod foreign;
+mod kernel;
+mod modules;
+mod report;
+mod rights;
+pub(crate) mod socket;
+mod sources;
+mod state;
+mod sysctls;
+
+use std::process::ExitCode;
+
+pub(crate) use self::state::LEASE_FILE;
+use anyhow::bail;
+use ferrule_datapath::Settings;
+use tracing::warn;
+
+use crate::config::Config;
+use crate::lock::Owned;
+use crate::settings::{CheckSettings, RunSettings};
+use crate::source::Sources;
+use crate::source::kubernetes::chain;
+
+const CONFIGURATION: &str = "configuration";
+const AGENT: &str = "agent";
+
+/// Exit code when a check failed.
+const FAILURE: u8 = 1;
+
+/// Exit code when the result could not be written, and clap's own.
+const USAGE: u8 = 2;
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Outcome {
+    /// As it should be.
+    Ok,
+    /// The agent works, less well or not for long.
+    Warning,
+    /// The agent does not start, or serves only a part.
+    Failed,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct Finding {
+    /// What was looked at.
+    pub(crate) check: &'static str,
+    /// How it ended.
+    pub(crate) result: Outcome,
+    /// What is there.
+    pub(crate) found: String,
+    /// What to do; empty where there is nothing.
+    pub(crate) remedy: String,
+}
+
+impl Finding {
+    /// As it should be.
+    pub(crate) fn ok(check: &'static str, found: impl Into<String>) -> Self {
+        Self::new(check, Outcome::Ok, found, "")
+    }
+
+    /// Something is not well.
+    pub(crate) fn new(
+        check: &'static str,
+        result: Outcome,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self {
+            check,
+            result,
+            found: found.into(),
+            remedy: remedy.into(),
+        }
+    }
+
+    /// Of an error that ends with its remedy behind a semicolon.
+    pub(crate) fn of_error(check: &'static str, result: Outcome, error: &str) -> Self {
+        let (found, remedy) = error.split_once("; ").unwrap_or((error, ""));
+        Self::new(check, result, found, remedy)
+    }
+
+    /// For the log.
+    fn sentence(&self) -> String {
+        let Self { found, remedy, .. } = self;
+        if remedy.is_empty() {
+            found.clone()
+        } else {
+            format!("{found}; {remedy}")
+        }
+    }
+}
+
+/// For `run`: reads the configuration and makes the checks without which it cannot
+/// go on. Nothing is changed.
+///
+/// # Errors
+/// The first thing that keeps the agent from starting, with its remedy.
+pub(crate) fn before_start(settings: &RunSettings) -> anyhow::Result<Config> {
+    let config = Config::read(settings.config.as_deref())?;
+    let findings = [
+        rights::check(),
+        kernel::version(),
+        state::folder(&settings.state_dir),
+        socket::check(&settings.socket),
+    ];
+    for finding in findings {
+        match finding.result {
+            Outcome::Ok => {}
+            Outcome::Warning => warn!("{}", finding.sentence()),
+            Outcome::Failed => bail!("{}", finding.sentence()),
+        }
+    }
+    Ok(config)
+}
+
+/// The command `check`. `sources` are those that `run` would follow with a configuration.
+pub(crate) fn run(settings: &CheckSettings, sources: impl Fn(&Config) -> Sources) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let findings = match runtime {
+        Ok(runtime) => runtime.block_on(everything(settings, sources)),
+        Err(error) => vec![Finding::new(
+            "check",
+            Outcome::Failed,
+            error.to_string(),
+            "",
+        )],
+    };
+    let worst = findings.iter().map(|finding| finding.result).max();
+    match report::print(&findings, settings.output) {
+        Err(_) => ExitCode::from(USAGE),
+        Ok(()) if worst == Some(Outcome::Failed) => ExitCode::from(FAILURE),
+        Ok(()) => ExitCode::SUCCESS,
+    }
+}
+
+async fn everything(
+    settings: &CheckSettings,
+    sources: impl Fn(&Config) -> Sources,
+) -> Vec<Finding> {
+    let run = &settings.run;
+    let node: Settings = run.node_settings.clone().into();
+    let mut findings = vec![rights::check(), kernel::version()];
+    if settings.load_modules {
+        ferrule_datapath::modules::load().await;
+    }
+    let modules = modules::look(node.load_modules);
+    findings.push(modules.finding);
+    let harmless = modules.asking_is_harmless || settings.load_modules;
+    findings.push(features::program(&node).await);
+    findings.extend(features::kernel(&node, harmless).await);
+    findings.extend(sysctls::check(&node.sysctl_root));
+    findings.push(state::folder(&run.state_dir));
+    findings.extend(state::lease_file(&run.state_dir));
+    findings.push(socket::check_beside_an_agent(&run.socket));
+    findings.push(agent(&node));
+    match Config::read(run.config.as_deref()) {
+        Ok(config) => {
+            findings.push(Finding::ok(CONFIGURATION, configuration(run)));
+            findings.extend(sources::check(&sources(&config), &run.node, &config).await);
+        }
+        Err(error) => {
+            let words = chain(&error);
+            findings.push(Finding::of_error(CONFIGURATION, Outcome::Failed, &words));
+        }
+    }
+    findings.extend(cni::check(&settings.cni_bin_dir, &settings.cni_conf_dir).await);
+    findings.extend(foreign::check(&node).await);
+    findings
+}
+
+fn configuration(settings: &RunSettings) -> String {
+    match &settings.config {
+        None => "none is given; everything has its default".to_owned(),
+        Some(path) => format!("{} is valid", path.display()),
+    }
+}
+
+/// Whether an agent owns the table or the device. It does no harm if it is the one
+/// that was meant, which only who asks can know.
+fn agent(settings: &Settings) -> Finding {
+    let table = Owned::table(&settings.nft_table).agent();
+    let device = Owned::device(settings.vip_device.as_str()).agent();
+    match table.or(device) {
+        None => Finding::ok(AGENT, "none runs in this network namespace"),
+        Some(pid) => Finding::ok(AGENT, format!("one runs, process {pid}")),
+    }
+}

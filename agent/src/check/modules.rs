@@ -1,0 +1,218 @@
+//! Kernel modules: which of those that services need are there, or can be loaded.
+
+use std::fs;
+use std::path::Path;
+
+use ferrule_datapath::modules::{Module, NEEDED, remedy};
+
+use super::{Finding, Outcome, kernel, rights};
+
+const CHECK: &str = "kernel modules";
+
+/// What pods' interfaces are. The kernel loads it by itself.
+const VETH: Module = Module {
+    name: "veth",
+    serves: "pods",
+};
+
+/// How a module stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// In the kernel.
+    There,
+    /// It lies on the disk.
+    Loadable,
+    /// It is nowhere.
+    Absent,
+    /// There is no list that could tell.
+    Unknown,
+}
+
+/// What the machine tells about modules.
+#[derive(Debug, Default)]
+struct Lists {
+    /// `modules.builtin` and `modules.dep` of the running kernel.
+    built_in: Option<String>,
+    on_disk: Option<String>,
+    /// The kernel can load modules at all.
+    modular: bool,
+}
+
+impl Lists {
+    fn read() -> Self {
+        let folder = Path::new("/lib/modules").join(kernel::release());
+        Self {
+            built_in: fs::read_to_string(folder.join("modules.builtin")).ok(),
+            on_disk: fs::read_to_string(folder.join("modules.dep")).ok(),
+            modular: Path::new("/proc/modules").exists(),
+        }
+    }
+
+    fn state(&self, module: &str, loaded: bool) -> State {
+        let lists = |text: &Option<String>| text.as_ref().is_some_and(|text| names(text, module));
+        if loaded || lists(&self.built_in) {
+            State::There
+        } else if !self.modular || self.on_disk.is_none() {
+            State::Unknown
+        } else if lists(&self.on_disk) {
+            State::Loadable
+        } else {
+            State::Absent
+        }
+    }
+}
+
+/// Whether a list of paths such as `kernel/net/netfilter/ipvs/ip_vs.ko.xz: ...` has the module.
+fn names(list: &str, module: &str) -> bool {
+    list.lines().any(|line| {
+        let path = line.split(':').next().unwrap_or_default();
+        let file = path.rsplit('/').next().unwrap_or_default();
+        let stem = file.split(".ko").next().unwrap_or_default();
+        stem.replace('-', "_") == module
+    })
+}
+
+/// What is known about modules.
+pub(super) struct Modules {
+    /// What to tell about it.
+    pub(super) finding: Finding,
+    /// Asking the kernel for a feature loads nothing: all is there, or nothing can be.
+    pub(super) asking_is_harmless: bool,
+}
+
+/// Looks for all of them; `may_load`: settings allow it.
+pub(super) fn look(may_load: bool) -> Modules {
+    let lists = Lists::read();
+    let loaded = |module: &Module| Path::new("/sys/module").join(module.name).exists();
+    let states: Vec<(Module, State)> = NEEDED
+        .into_iter()
+        .chain([VETH])
+        .map(|module| (module, lists.state(module.name, loaded(&module))))
+        .collect();
+    let asking_is_harmless =
+        !lists.modular || states.iter().all(|(_, state)| *state == State::There);
+    Modules {
+        finding: judge(&states, lists.modular, may_load, rights::may_load_modules()),
+        asking_is_harmless,
+    }
+}
+
+fn judge(states: &[(Module, State)], modular: bool, may_load: bool, able: bool) -> Finding {
+    let of = |wanted: State| -> Vec<Module> {
+        let of = states.iter().filter(|(_, state)| *state == wanted);
+        of.map(|(module, _)| *module).collect()
+    };
+    let (absent, loadable, unknown) = (of(State::Absent), of(State::Loadable), of(State::Unknown));
+    if !absent.is_empty() {
+        let found = format!("this kernel lacks {}", list(&absent));
+        return Finding::new(CHECK, Outcome::Failed, found, remedy(&all(&absent)));
+    }
+    // The kernel itself loads veth when the first pod comes, with rights of its own.
+    let waiting: Vec<Module> = loadable
+        .into_iter()
+        .filter(|module| *module != VETH)
+        .collect();
+    if !waiting.is_empty() && may_load && able {
+        return Finding::ok(
+            CHECK,
+            format!("`run` will load {}", all(&waiting).join(", ")),
+        );
+    }
+    if !waiting.is_empty() {
+        let why = if may_load {
+            "this process lacks CAP_SYS_MODULE"
+        } else {
+            "--no-load-modules forbids it"
+        };
+        let found = format!("not loaded, and {why}: {}", list(&waiting));
+        return Finding::new(CHECK, Outcome::Warning, found, remedy(&all(&waiting)));
+    }
+    if unknown.is_empty() {
+        return Finding::ok(CHECK, "all are there");
+    }
+    if modular {
+        let found = format!(
+            "neither loaded nor listed below /lib/modules, so that it cannot be told whether they \
+             can be had: {}",
+            list(&unknown)
+        );
+        return Finding::new(CHECK, Outcome::Warning, found, remedy(&all(&unknown)));
+    }
+    Finding::ok(
+        CHECK,
+        "this kernel loads none; what is compiled in, the checks of features tell",
+    )
+}
+
+fn all(modules: &[Module]) -> Vec<&'static str> {
+    modules.iter().map(|module| module.name).collect()
+}
+
+/// `ip_vs (services), dummy (VIPs)`.
+fn list(modules: &[Module]) -> String {
+    let words: Vec<String> = modules
+        .iter()
+        .map(|module| format!("{} ({})", module.name, module.serves))
+        .collect();
+    words.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lists(modular: bool) -> Lists {
+        Lists {
+            built_in: Some("kernel/drivers/net/veth.ko\n".to_owned()),
+            on_disk: Some(
+                "kernel/net/netfilter/ipvs/ip_vs.ko.xz: kernel/net/netfilter/nf_conntrack.ko.xz\n\
+                 kernel/net/netfilter/nf-tables.ko:\n"
+                    .to_owned(),
+            ),
+            modular,
+        }
+    }
+
+    #[test]
+    fn a_module_is_found_by_its_name_alone() {
+        let lists = lists(true);
+        for (module, state) in [
+            ("veth", State::There),
+            ("ip_vs", State::Loadable),
+            ("nf_tables", State::Loadable),
+            // Another module needs it; that alone puts it nowhere.
+            ("nf_conntrack", State::Absent),
+            ("ip_v", State::Absent),
+        ] {
+            assert_eq!(lists.state(module, false), state, "{module}");
+            assert_eq!(lists.state(module, true), State::There, "{module}");
+        }
+        assert_eq!(Lists::default().state("ip_vs", false), State::Unknown);
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_what_it_serves() {
+        let states = |state| vec![(NEEDED[0], state), (VETH, State::There)];
+        let judged = |state, may_load, able| judge(&states(state), true, may_load, able);
+        assert_eq!(
+            judged(State::There, true, true),
+            Finding::ok(CHECK, "all are there")
+        );
+        assert_eq!(judged(State::Loadable, true, true).result, Outcome::Ok);
+        for (may_load, why) in [(true, "CAP_SYS_MODULE"), (false, "--no-load-modules")] {
+            let finding = judged(State::Loadable, may_load, false);
+            assert_eq!(finding.result, Outcome::Warning);
+            assert!(finding.found.contains(why), "{finding:?}");
+        }
+        let absent = judged(State::Absent, true, true);
+        assert_eq!(absent.result, Outcome::Failed);
+        assert!(absent.found.contains("ip_vs (services)"), "{absent:?}");
+        assert!(absent.remedy.contains("modules-load.d"), "{absent:?}");
+        assert_eq!(judged(State::Unknown, true, true).result, Outcome::Warning);
+        let fixed = judge(&states(State::Unknown), false, true, true);
+        assert_eq!(fixed.result, Outcome::Ok);
+        // The kernel sees to veth by itself.
+        let veth = [(VETH, State::Loadable)];
+        assert_eq!(judge(&veth, true, false, false).result, Outcome::Ok);
+    }
+}
