@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ferrule_api::status::{SocketStatus, Status};
 use ferrule_api::{Answer, Call, CallError, ErrorCode};
 
+use crate::hostports;
 use crate::housekeeping;
 use crate::links;
 use crate::pods::Pods;
@@ -41,6 +42,9 @@ impl Desk {
     pub(crate) async fn call(&self, call: Call) -> Answer {
         self.calls.fetch_add(1, Ordering::Relaxed);
         match call {
+            Call::Allocate(wanted) if !wanted.ports.is_empty() => {
+                hostports::allocate(&self.pods, &self.asker, wanted).await
+            }
             Call::Allocate(_) | Call::Release { .. } => Arc::clone(&self.pods).call(call).await,
             Call::Ready => self.ready(call).await,
             Call::Tidy => match housekeeping::tidy(&self.pods, self.pods.started()).await {

@@ -146,6 +146,7 @@ fn without_lease(
             network,
             netns: None,
             since: Some(now.clone()),
+            ports: Vec::new(),
         };
         Some(Duty::Adopt(attachment, record))
     })
@@ -278,6 +279,7 @@ mod tests {
             network: None,
             netns: netns.map(str::to_owned),
             since,
+            ports: Vec::new(),
         }
     }
 

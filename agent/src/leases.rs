@@ -14,19 +14,22 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::bail;
 use ferrule_api::status::RangeStatus;
 use ferrule_api::{PodName, Wanted, queue};
+use ferrule_model::host_ports::{HostPort, PodPorts};
 use ferrule_model::ipam::{ChooseError, Ledger, PodRange};
 use ferrule_model::names::{Attachment, NetworkName};
 use redb::{Database, ReadableDatabase as _, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 use tracing::{error, info};
 
 use self::file::FileError;
 use crate::clock::Moment;
+use crate::hostports;
 use crate::lock::{self, LockError};
 
 /// Attachment (as JSON) to [`Record`] (as JSON).
@@ -52,9 +55,21 @@ pub(crate) struct Record {
     /// When it was asked for last; absent in leases of older agents.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) since: Option<Moment>,
+    /// Ports of the node that lead to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) ports: Vec<HostPort>,
 }
 
 impl Record {
+    /// Its host ports, with where they lead.
+    fn pod_ports(&self, attachment: &Attachment) -> PodPorts {
+        PodPorts {
+            pod: hostports::pod_name(attachment, self.pod.as_ref()),
+            addresses: self.addresses.clone(),
+            ports: self.ports.clone(),
+        }
+    }
+
     fn of(wanted: &Wanted, addresses: Vec<IpAddr>, now: Moment) -> Self {
         Self {
             addresses,
@@ -62,6 +77,7 @@ impl Record {
             network: wanted.network.clone(),
             netns: wanted.netns.clone(),
             since: Some(now),
+            ports: wanted.ports.clone(),
         }
     }
 }
@@ -88,6 +104,12 @@ pub(crate) enum LeaseError {
     /// The file cannot serve.
     #[error(transparent)]
     File(#[from] FileError),
+    /// Another pod has a host port that is asked for.
+    #[error(transparent)]
+    PortTaken(#[from] hostports::Taken),
+    /// The lease that there is has other host ports.
+    #[error("{0} has a lease with other host ports; call DEL before another ADD")]
+    OtherPorts(Attachment),
     /// The file could not be read or written.
     #[error("lease file {path}: {fault}")]
     Store {
@@ -122,6 +144,7 @@ struct Inner {
     /// `None` while the disk refuses.
     database: Option<Database>,
     ledger: Ledger,
+    ports: hostports::Table,
     trouble: Option<Trouble>,
 }
 
@@ -149,9 +172,12 @@ impl Leases {
         let mut inner = Inner {
             database: None,
             ledger: Ledger::default(),
+            ports: hostports::Table::default(),
             trouble: None,
         };
-        inner.ledger = ledger(path)?;
+        let stored = stored(path)?;
+        inner.ledger = stored.ledger;
+        inner.ports.become_these(stored.ports);
         match file::open(path) {
             Ok(database) => inner.database = Some(database),
             Err(error) if error.may_pass() => {
@@ -180,10 +206,11 @@ impl Leases {
             return Ok(inner);
         }
         match reopen(&self.path) {
-            Ok((database, mut ledger)) => {
-                ledger.set_ranges(inner.ledger.ranges().to_vec());
+            Ok((database, mut stored)) => {
+                stored.ledger.set_ranges(inner.ledger.ranges().to_vec());
                 inner.database = Some(database);
-                inner.ledger = ledger;
+                inner.ledger = stored.ledger;
+                inner.ports.become_these(stored.ports);
                 info!(file = %self.path.display(), "the lease file was opened anew");
                 Ok(inner)
             }
@@ -247,17 +274,20 @@ impl Leases {
         let mut inner = self.opened()?;
         let attachment = &wanted.attachment;
         let held = inner.ledger.lease(attachment).map(<[IpAddr]>::to_vec);
-        let addresses = match &held {
-            Some(held) => {
-                if let Some(ip) = wanted.ips.iter().find(|ip| !held.contains(ip)) {
-                    return Err(LeaseError::HasOthers {
-                        attachment: attachment.clone(),
-                        ip: *ip,
-                    });
-                }
-                held.clone()
+        let addresses = if let Some(held) = &held {
+            if let Some(ip) = wanted.ips.iter().find(|ip| !held.contains(ip)) {
+                return Err(LeaseError::HasOthers {
+                    attachment: attachment.clone(),
+                    ip: *ip,
+                });
             }
-            None => inner.ledger.choose(&wanted.ips)?,
+            if inner.ports.ports_of(attachment) != wanted.ports {
+                return Err(LeaseError::OtherPorts(attachment.clone()));
+            }
+            held.clone()
+        } else {
+            inner.ports.are_free(attachment, &wanted.ports)?;
+            inner.ledger.choose(&wanted.ips)?
         };
         let record = Record::of(wanted, addresses.clone(), now);
         if let Err(fault) = inner.write_lease(attachment, &record) {
@@ -269,6 +299,10 @@ impl Leases {
                 .record_lease(attachment.clone(), addresses.clone())
         {
             error!(%error, "the ledger chose an address that is leased");
+        }
+        if held.is_none() {
+            let ports = record.pod_ports(attachment);
+            inner.ports.insert(attachment, ports, false);
         }
         Ok(addresses)
     }
@@ -409,6 +443,26 @@ impl Leases {
         parsed.collect()
     }
 
+    /// The host ports of a lease, served or not.
+    pub(crate) fn host_ports(&self, attachment: &Attachment) -> Option<PodPorts> {
+        self.lock().ports.of(attachment).cloned()
+    }
+
+    /// Has the host ports of a lease served from now on; see [`hostports::Table::accept`].
+    pub(crate) fn accept_host_ports(&self, attachment: &Attachment) -> bool {
+        self.lock().ports.accept(attachment)
+    }
+
+    /// What is to be served now of the leases whose host ports changed; `None` is nothing.
+    pub(crate) fn changed_host_ports(&self) -> Vec<(Attachment, Option<PodPorts>)> {
+        self.lock().ports.take_changed()
+    }
+
+    /// Tells that [`Leases::changed_host_ports`] has something.
+    pub(crate) fn host_port_news(&self) -> Arc<Notify> {
+        self.lock().ports.news()
+    }
+
     /// How many attachments have a lease.
     pub(crate) fn count(&self) -> usize {
         self.lock().ledger.leases().count()
@@ -469,6 +523,7 @@ impl Inner {
         let order = self.ledger.next_release();
         self.write_release(attachment, &addresses, order)?;
         self.ledger.record_release(attachment, order);
+        self.ports.remove(attachment);
         Ok(true)
     }
 
@@ -512,15 +567,22 @@ fn json<T: Serialize>(value: &T) -> Result<String, redb::Error> {
     serde_json::to_string(value).map_err(|error| redb::Error::Io(error.into()))
 }
 
-fn reopen(path: &Path) -> Result<(Database, Ledger), LeaseError> {
-    let ledger = ledger(path)?;
-    Ok((file::open(path)?, ledger))
+fn reopen(path: &Path) -> Result<(Database, Stored), LeaseError> {
+    let stored = stored(path)?;
+    Ok((file::open(path)?, stored))
 }
 
-/// The ledger as the file has it; nothing is changed.
-fn ledger(path: &Path) -> Result<Ledger, LeaseError> {
+/// What the file says.
+struct Stored {
+    ledger: Ledger,
+    ports: Vec<(Attachment, PodPorts)>,
+}
+
+/// Reads the file; nothing is changed.
+fn stored(path: &Path) -> Result<Stored, LeaseError> {
     let contents = file::read(path)?.unwrap_or_default();
     let mut ledger = Ledger::default();
+    let mut ports = Vec::new();
     for (order, ip) in contents.released {
         if let Ok(ip) = ip.parse() {
             ledger.record_released(ip, order);
@@ -534,17 +596,21 @@ fn ledger(path: &Path) -> Result<Ledger, LeaseError> {
         };
         let attachment: Attachment = serde_json::from_str(&key).map_err(damaged)?;
         let record: Record = serde_json::from_str(&value).map_err(damaged)?;
+        if !record.ports.is_empty() {
+            ports.push((attachment.clone(), record.pod_ports(&attachment)));
+        }
         if let Err(error) = ledger.record_lease(attachment, record.addresses) {
             error!(file = %path.display(), %error, "the earlier lease counts");
         }
     }
-    Ok(ledger)
+    Ok(Stored { ledger, ports })
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
+    use ferrule_model::address::Protocol;
     use ferrule_model::names::{ContainerId, IfName};
     use proptest::prelude::*;
 
@@ -759,5 +825,49 @@ mod tests {
         let again = Leases::open(&path).unwrap();
         assert_eq!(again.page(None, 9).unwrap()[0].2, record);
         assert_eq!(again.count(), 1);
+    }
+
+    #[test]
+    fn host_ports_live_and_end_with_their_lease() {
+        let ask = |leases: &Leases, who: &Attachment, ports: &[HostPort]| {
+            let wanted = Wanted {
+                ports: ports.to_vec(),
+                ..Wanted::new(who.clone())
+            };
+            leases.allocate(&wanted, Moment::default())
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("leases.redb");
+        let port = HostPort {
+            host_ip: None,
+            host_port: 8080,
+            container_port: 80,
+            protocol: Protocol::Tcp,
+        };
+        let (a, b) = (attachment(1), attachment(2));
+        let mut leases = None;
+        reopen(&mut leases, &path);
+        let open = leases.as_ref().unwrap();
+        let addresses = ask(open, &a, &[port]).unwrap();
+        assert_eq!(ask(open, &a, &[port]).unwrap(), addresses, "again");
+        let taken = ask(open, &b, &[port]).unwrap_err();
+        assert!(matches!(taken, LeaseError::PortTaken(_)), "{taken}");
+        assert_eq!(open.count(), 1, "a lease without its ports");
+        let other = ask(open, &a, &[]).unwrap_err();
+        assert!(matches!(other, LeaseError::OtherPorts(_)), "{other}");
+        assert_eq!(open.changed_host_ports(), [], "nobody has accepted them");
+
+        // Who starts anew goes on with what was leased, accepted or not: the pod
+        // may be running, and if its ADD failed, its DEL ends the lease.
+        reopen(&mut leases, &path);
+        let open = leases.as_ref().unwrap();
+        let ports = open.host_ports(&a).unwrap();
+        assert_eq!((&ports.addresses, &*ports.ports), (&addresses, &[port][..]));
+        assert_eq!(open.changed_host_ports(), [(a.clone(), Some(ports))]);
+        let taken = ask(open, &b, &[port]).unwrap_err();
+        assert!(matches!(taken, LeaseError::PortTaken(_)), "{taken}");
+        open.release(&a).unwrap();
+        assert_eq!(open.changed_host_ports(), [(a, None)]);
+        ask(open, &b, &[port]).unwrap();
     }
 }

@@ -10,6 +10,7 @@ mod check;
 mod clock;
 mod config;
 mod desk;
+mod hostports;
 mod housekeeping;
 mod leases;
 mod links;

@@ -216,6 +216,11 @@ const GAUGES: &[Metric<i64>] = &[
     ("ferrule_node_ports", "Frontends on node ports", |s| {
         count(s.programmed.node_ports)
     }),
+    (
+        "ferrule_host_ports",
+        "Frontends on host ports of pods",
+        |s| count(s.programmed.host_ports),
+    ),
     ("ferrule_vips", "Addresses on the VIP device", |s| {
         count(s.programmed.vips)
     }),

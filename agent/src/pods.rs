@@ -153,10 +153,16 @@ impl Pods {
 
     fn allocate(&self, wanted: &Wanted) -> Result<Answer, CallError> {
         self.check_looked()?;
-        let ips = self
-            .leases
-            .allocate(wanted, Moment::now())
-            .map_err(|error| call_error(&error))?;
+        let allocate = || self.leases.allocate(wanted, Moment::now());
+        let ips = allocate().or_else(|error| match error {
+            // Who has it may have a release in the queue.
+            LeaseError::PortTaken(_) => {
+                self.take_queued();
+                allocate()
+            }
+            other => Err(other),
+        });
+        let ips = ips.map_err(|error| call_error(&error))?;
         let pod = wanted.pod.as_ref();
         let pod = pod.map(|pod| format!("{}/{}", pod.namespace, pod.name));
         info!(container_id = %wanted.attachment.container_id, pod, addresses = ?ips, "address leased");
@@ -272,6 +278,8 @@ fn call_error(error: &LeaseError) -> CallError {
             ErrorCode::AddressTaken,
             "; ask for another one, or for none",
         ),
+        LeaseError::PortTaken(_) => (ErrorCode::PortTaken, ""),
+        LeaseError::OtherPorts(_) => (ErrorCode::BadRequest, ""),
         LeaseError::Store { .. } | LeaseError::Damaged { .. } => {
             (ErrorCode::Internal, "; is the disk full or read-only?")
         }

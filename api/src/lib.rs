@@ -15,6 +15,7 @@ pub mod status;
 
 use std::net::IpAddr;
 
+pub use ferrule_model::host_ports::HostPort;
 use ferrule_model::names::{Attachment, NetworkName};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
@@ -120,6 +121,10 @@ pub struct Wanted {
         deserialize_with = "bounded_ips"
     )]
     pub ips: Vec<IpAddr>,
+    /// Ports of the node that are to lead to the pod. They are in the kernel
+    /// before the answer, and end with the lease.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<HostPort>,
 }
 
 impl Wanted {
@@ -132,6 +137,7 @@ impl Wanted {
             network: None,
             netns: None,
             ips: Vec::new(),
+            ports: Vec::new(),
         }
     }
 }
@@ -273,6 +279,10 @@ pub enum ErrorCode {
     AddressTaken,
     /// To [`Call::Ready`]: pods that are there may be cut off as well.
     Disconnected,
+    /// Another pod or a Service has a port that was asked for.
+    PortTaken,
+    /// This version does not serve what was asked for.
+    Unsupported,
     /// The agent could not write to its disk, or another fault of its own.
     Internal,
 }

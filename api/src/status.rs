@@ -130,6 +130,9 @@ pub struct Programmed {
     pub vips: usize,
     /// Frontends on node ports.
     pub node_ports: usize,
+    /// Frontends on host ports of pods.
+    #[serde(default)]
+    pub host_ports: usize,
     /// IPVS virtual services.
     pub virtual_services: usize,
     /// IPVS real servers, over all virtual services.
@@ -265,7 +268,7 @@ pub struct ObjectCondition {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FrontendRows {
-    /// At most [`MAX_ROWS`], by Service, port, address.
+    /// At most [`MAX_ROWS`], by Service, port, address; host ports of pods behind them.
     pub rows: Vec<FrontendRow>,
     /// Pass this as `after` for the next part; absent behind the last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -276,11 +279,11 @@ pub struct FrontendRows {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FrontendRow {
-    /// Namespace and name of the Service.
+    /// Namespace and name of the Service; of a host port, of the pod.
     pub service: String,
     /// Name of the service port.
     pub port: String,
-    /// `ClusterIP` or `NodePort`.
+    /// `ClusterIP`, `NodePort` or `HostPort`.
     pub kind: String,
     /// Such as `10.96.0.10:80/TCP`.
     pub address: String,

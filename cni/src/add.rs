@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use ferrule_api::{PodName, Wanted};
+use ferrule_api::{HostPort, PodName, Wanted};
 use ferrule_model::names::{Attachment, NetworkName};
 use serde_json::Value;
 
@@ -18,6 +18,7 @@ use crate::fault::{self, Step};
 use crate::kernel::{Kernel, KernelError, Link};
 use crate::netns::Netns;
 use crate::pair::Pair;
+use crate::ports;
 use crate::report;
 use crate::shaper::Shaper;
 use crate::sysctl;
@@ -57,11 +58,12 @@ pub(crate) async fn run(
 ) -> Result<(), Failure> {
     // For now as if the smallest burst let a packet pass: the agent knows the MTU.
     config.bandwidth.limits(request.mtu.unwrap_or_default())?;
+    let ports = ports::read(config.port_mappings.as_ref())?;
     let sides = validate(&request).await?;
     fault::reached(Step::Validated);
     let mut undo = Undo::default();
     let attachment = request.attachment;
-    let made = make(config, request, &sides, &mut undo, print);
+    let made = make(config, request, ports, &sides, &mut undo, print);
     let made = tokio::time::timeout(LIMIT, made).await.unwrap_or_else(|_| {
         Err(Failure::new(
             Code::TryAgainLater,
@@ -106,6 +108,7 @@ async fn validate(request: &Request<'_>) -> Result<Sides, Failure> {
 async fn make(
     config: &Config,
     request: Request<'_>,
+    ports: Vec<HostPort>,
     sides: &Sides,
     undo: &mut Undo,
     print: impl FnOnce(&Value) -> Result<(), Failure>,
@@ -118,6 +121,7 @@ async fn make(
         network: Some(request.network.clone()),
         netns: Some(netns.clone().into_owned()),
         ips: request.wishes.ips,
+        ports,
     };
     let allocation = agent::allocate(config, wanted, request.mtu).inspect_err(|error| {
         if error.may_hold_lease() {

@@ -79,9 +79,13 @@ impl From<LeaseError> for Failure {
                 ..
             } => Code::TryAgainLater,
             LeaseError::Refused {
-                code: ErrorCode::AddressTaken,
+                code: ErrorCode::AddressTaken | ErrorCode::PortTaken,
                 ..
             } => Code::Taken,
+            LeaseError::Refused {
+                code: ErrorCode::Unsupported,
+                ..
+            } => Code::UnsupportedField,
             LeaseError::Call { .. }
             | LeaseError::Refused {
                 code: ErrorCode::BadRequest | ErrorCode::Disconnected | ErrorCode::Internal,
@@ -243,6 +247,8 @@ pub(crate) fn status(config: &Config) -> Result<(), Failure> {
             ErrorCode::NotReady
             | ErrorCode::PoolExhausted
             | ErrorCode::AddressTaken
+            | ErrorCode::PortTaken
+            | ErrorCode::Unsupported
             | ErrorCode::Internal => Err(Failure::new(Code::NotAvailable, error.message)),
         },
         other => Err(Failure::new(Code::NotAvailable, nonsense(&other))),

@@ -38,6 +38,8 @@ pub(crate) struct Config {
     pub(crate) state_dir: PathBuf,
     /// Result of the plugin before us, or of ADD to CHECK and DEL.
     pub(crate) previous: Option<Value>,
+    /// `runtimeConfig.portMappings` as it stands there; see [`crate::ports`].
+    pub(crate) port_mappings: Option<Value>,
     /// Limits of bandwidth, not looked at yet.
     pub(crate) bandwidth: Asked,
     /// All of it.
@@ -101,6 +103,7 @@ impl Config {
             )?,
             state_dir: absolute("stateDir", wire.state_dir, ferrule_api::DEFAULT_STATE_DIR)?,
             previous: wire.prev_result,
+            port_mappings: object.pointer("/runtimeConfig/portMappings").cloned(),
             bandwidth: Asked::of(&object),
             object,
         })

@@ -16,6 +16,8 @@ use crate::version::SpecVersion;
 pub(crate) enum Code {
     /// `cniVersion` is none of ours.
     IncompatibleVersion = 1,
+    /// A field of the network configuration asks for what we do not serve.
+    UnsupportedField = 2,
     /// The container, or its namespace, does not exist. The runtime need not
     /// call DEL.
     UnknownContainer = 3,
@@ -35,7 +37,7 @@ pub(crate) enum Code {
     Disconnected = 51,
     /// The agent refused, or answered what makes no sense.
     Agent = 100,
-    /// Something else has the name or address that we need.
+    /// Something else has the name, address or port that we need.
     Taken = 101,
     /// CHECK found another state than ADD left.
     Differs = 102,

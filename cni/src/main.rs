@@ -26,6 +26,7 @@ mod gc;
 mod kernel;
 mod netns;
 mod pair;
+mod ports;
 mod report;
 mod shaper;
 mod sysctl;

@@ -397,6 +397,8 @@ fn what_the_agent_refuses_is_passed_on() {
         (ErrorCode::PoolExhausted, 11),
         (ErrorCode::BadRequest, 100),
         (ErrorCode::Internal, 100),
+        (ErrorCode::PortTaken, 101),
+        (ErrorCode::Unsupported, 2),
     ] {
         node.agent.set(Mood::Refuses(refusal));
         let error = node.call("ADD", "abc", &pod.path()).error(code);
@@ -470,4 +472,39 @@ fn an_output_that_nobody_reads_is_a_failed_add() {
     serde_json::to_writer(child.stdin.take().unwrap(), &node.config()).unwrap();
     assert!(!child.wait().unwrap().success());
     node.assert_clean();
+}
+
+#[test]
+fn host_ports_are_passed_on_and_wrong_ones_refused_before_anything_is_made() {
+    let mut node = Node::new();
+    let pod = Pod::new();
+    let mapping = |protocol| {
+        json!({"runtimeConfig": {"portMappings": [
+            {"hostPort": 8080, "containerPort": 80, "protocol": protocol, "hostIP": "192.0.2.1"},
+        ]}})
+    };
+    for (protocol, code) in [("sctp", 2), ("icmp", 7)] {
+        node.extra = mapping(protocol);
+        let error = node.call("ADD", "abc", &pod.path()).error(code);
+        let message = error["msg"].as_str().unwrap();
+        let field = "runtimeConfig.portMappings[0].protocol";
+        assert!(message.contains(field), "{message}");
+        assert_eq!(
+            *node.agent.ports.lock().unwrap(),
+            None,
+            "the agent was asked"
+        );
+        node.assert_clean();
+        // A pod that never was must be deletable with the same configuration.
+        node.del("abc", &pod.path());
+    }
+    node.extra = mapping("UDP");
+    node.add("abc", &pod);
+    let ports = node.agent.ports.lock().unwrap().clone();
+    assert_eq!(
+        serde_json::to_value(ports).unwrap(),
+        json!([
+            {"hostIP": "192.0.2.1", "hostPort": 8080, "containerPort": 80, "protocol": "UDP"}
+        ])
+    );
 }

@@ -130,6 +130,8 @@ impl Broken {
             }
             Change::AllowFrontend(frontend)
             | Change::AddExternal(frontend)
+            | Change::AddPreserved(frontend)
+            | Change::RemovePreserved(frontend)
             | Change::RemoveExternal(frontend)
             | Change::AddService(frontend, _) => {
                 self.frontends.insert(*frontend);
@@ -159,8 +161,10 @@ impl Broken {
             Change::RemoveService(frontend)
             | Change::DisallowFrontend(frontend)
             | Change::RemoveExternal(frontend)
+            | Change::RemovePreserved(frontend)
             | Change::AllowFrontend(frontend)
             | Change::AddExternal(frontend)
+            | Change::AddPreserved(frontend)
             | Change::AddService(frontend, _)
             | Change::AddServer(frontend, ..) => {
                 self.frontends.contains(frontend) || self.vips.contains(&frontend.ip)
@@ -199,6 +203,8 @@ mod tests {
                 Change::RemoveExternal(addr),
                 Change::AllowFrontend(addr),
                 Change::AddExternal(addr),
+                Change::AddPreserved(addr),
+                Change::RemovePreserved(addr),
                 Change::AddService(addr, how()),
                 Change::UpdateService(addr, how()),
                 Change::AddServer(addr, backend, 1),
@@ -241,14 +247,16 @@ mod tests {
             writeln!(table, "{}: {}", short(failed), held.join(" ")).unwrap();
         }
         expect_test::expect![[r"
-            RemoveService:80: DisallowFrontend:80 UnbindVip UnguardVip AllowFrontend:80 AddExternal:80 RemoveExternal:80 AddService:80 AddServer:80
-            DisallowFrontend:80: UnbindVip UnguardVip AllowFrontend:80 AddExternal:80 RemoveExternal:80 AddService:80 AddServer:80
-            UnbindVip: UnguardVip GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            UnguardVip: GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            GuardVip: BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            BindVip: AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            AllowFrontend:80: AddExternal:80 RemoveExternal:80 AddService:80 AddServer:80
-            AddExternal:80: RemoveExternal:80 AddService:80 AddServer:80
+            RemoveService:80: DisallowFrontend:80 UnbindVip UnguardVip AllowFrontend:80 AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
+            DisallowFrontend:80: UnbindVip UnguardVip AllowFrontend:80 AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
+            UnbindVip: UnguardVip GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            UnguardVip: GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            GuardVip: BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            BindVip: AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            AllowFrontend:80: AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
+            AddExternal:80: AddPreserved:80 RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
+            AddPreserved:80: RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
+            RemovePreserved:80: RemoveExternal:80 AddService:80 AddServer:80
             RemoveExternal:80: AddService:80 AddServer:80
             AddHairpin: 
             AddService:80: AddServer:80

@@ -218,12 +218,14 @@ impl Node {
         observed.guarded.clear();
         observed.allowed.clear();
         observed.external.clear();
+        observed.preserved.clear();
         observed.hairpins.clear();
         for element in elements {
             match element {
                 Element::Vip(ip) => observed.guarded.insert(ip),
                 Element::Frontend(addr) => observed.allowed.insert(addr),
                 Element::External(addr) => observed.external.insert(addr),
+                Element::Preserved(addr) => observed.preserved.insert(addr),
                 Element::Hairpin(ip) => observed.hairpins.insert(ip),
             };
         }
@@ -384,6 +386,9 @@ impl Run {
             Change::AddExternal(addr) | Change::RemoveExternal(addr) => {
                 self.elements.push(Element::External(*addr));
             }
+            Change::AddPreserved(addr) | Change::RemovePreserved(addr) => {
+                self.elements.push(Element::Preserved(*addr));
+            }
             Change::DisallowFrontend(addr) | Change::AllowFrontend(addr) => {
                 self.elements.push(Element::Frontend(*addr));
             }
@@ -429,12 +434,14 @@ impl Kernel for Node {
             Change::UnguardVip(_)
             | Change::DisallowFrontend(_)
             | Change::RemoveExternal(_)
+            | Change::RemovePreserved(_)
             | Change::RemoveHairpin(_) => {
                 (self.elements.remove(&run.elements).await, Gone::Contradicts)
             }
             Change::GuardVip(_)
             | Change::AllowFrontend(_)
             | Change::AddExternal(_)
+            | Change::AddPreserved(_)
             | Change::AddHairpin(_) => (self.elements.add(&run.elements).await, Gone::Contradicts),
             Change::RemoveService(_) | Change::RemoveServer(..) => {
                 (self.orders(run.first).await, Gone::Fine)
@@ -647,7 +654,7 @@ async fn our_addresses(
                     Element::External(addr) => {
                         external.insert(addr);
                     }
-                    Element::Frontend(_) | Element::Hairpin(_) => {}
+                    Element::Frontend(_) | Element::Preserved(_) | Element::Hairpin(_) => {}
                 }
             }
         }

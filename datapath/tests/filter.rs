@@ -211,6 +211,11 @@ fn a_table_beyond_repair_is_made_anew() {
                     30_080,
                     Protocol::Udp,
                 )),
+                Element::Preserved(FrontendAddr::new(
+                    "2001:db8::1".parse().unwrap(),
+                    8080,
+                    Protocol::Tcp,
+                )),
                 Element::Hairpin("10.244.1.2".parse().unwrap()),
             ];
             assert!(elements.add(&ours).await.iter().all(Result::is_ok));

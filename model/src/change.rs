@@ -36,6 +36,11 @@ pub enum Change {
     /// not take of it is refused, and the source of a client that is not on this node is replaced.
     /// The entry is also the proof that the virtual service at a node's address is ours.
     AddExternal(FrontendAddr),
+    /// Put an external frontend into the set of those whose backends see the client's own address,
+    /// wherever it is.
+    AddPreserved(FrontendAddr),
+    /// Undo [`Change::AddPreserved`].
+    RemovePreserved(FrontendAddr),
     /// Undo [`Change::AddExternal`]. Behind the making of VIPs: a virtual service whose address has
     /// become a VIP is never without a proof that it is ours.
     RemoveExternal(FrontendAddr),
@@ -70,8 +75,10 @@ impl Change {
             Self::RemoveService(frontend)
             | Self::DisallowFrontend(frontend)
             | Self::RemoveExternal(frontend)
+            | Self::RemovePreserved(frontend)
             | Self::AllowFrontend(frontend)
             | Self::AddExternal(frontend)
+            | Self::AddPreserved(frontend)
             | Self::AddService(frontend, _)
             | Self::UpdateService(frontend, _)
             | Self::AddServer(frontend, _, _)
@@ -93,8 +100,10 @@ impl Change {
             Self::RemoveService(frontend)
             | Self::DisallowFrontend(frontend)
             | Self::RemoveExternal(frontend)
+            | Self::RemovePreserved(frontend)
             | Self::AllowFrontend(frontend)
             | Self::AddExternal(frontend)
+            | Self::AddPreserved(frontend)
             | Self::AddService(frontend, _)
             | Self::UpdateService(frontend, _)
             | Self::AddServer(frontend, _, _)
@@ -116,6 +125,18 @@ impl fmt::Display for Change {
             }
             Self::AddExternal(frontend) => {
                 write!(f, "add external frontend {frontend} to the filter")
+            }
+            Self::AddPreserved(frontend) => {
+                write!(
+                    f,
+                    "add {frontend} to the filter's frontends that preserve the client"
+                )
+            }
+            Self::RemovePreserved(frontend) => {
+                write!(
+                    f,
+                    "remove {frontend} from the filter's frontends that preserve the client"
+                )
             }
             Self::AddHairpin(ip) => write!(f, "add hairpin address {ip} to the filter"),
             Self::RemoveHairpin(ip) => write!(f, "remove hairpin address {ip} from the filter"),

@@ -14,6 +14,7 @@ use crate::change::Change;
 use crate::cluster::ClusterState;
 use crate::condition::{Condition, Reason};
 use crate::endpoints::{self, Backend};
+use crate::host_ports::HostPorts;
 use crate::kube::{
     Kind, ObjectKey, PROXY_NAME_LABEL, Service, ServicePort, ServiceSpec, ServiceType,
 };
@@ -42,6 +43,8 @@ pub enum FrontendKind {
     ClusterIP,
     /// `ports[].nodePort` at an address of this node.
     NodePort,
+    /// A pod's host port at an address of this node.
+    HostPort,
 }
 
 impl FrontendKind {
@@ -50,16 +53,17 @@ impl FrontendKind {
     pub fn is_vip(self) -> bool {
         match self {
             Self::ClusterIP => true,
-            Self::NodePort => false,
+            Self::NodePort | Self::HostPort => false,
         }
     }
 
-    /// Where a Service asks for it.
+    /// Where a Service, or a runtime for a pod, asks for it.
     #[must_use]
     pub fn field(self) -> &'static str {
         match self {
             Self::ClusterIP => "spec.clusterIPs",
             Self::NodePort => "spec.ports[].nodePort",
+            Self::HostPort => "runtimeConfig.portMappings[].hostPort",
         }
     }
 
@@ -68,7 +72,17 @@ impl FrontendKind {
     pub fn is_external(self) -> bool {
         match self {
             Self::ClusterIP => false,
-            Self::NodePort => true,
+            Self::NodePort | Self::HostPort => true,
+        }
+    }
+
+    /// Whether its backends see the client's own address although it is beyond
+    /// the node: they are on this node, so their answers come back through it.
+    #[must_use]
+    pub fn preserves_client(self) -> bool {
+        match self {
+            Self::ClusterIP | Self::NodePort => false,
+            Self::HostPort => true,
         }
     }
 }
@@ -78,6 +92,7 @@ impl fmt::Display for FrontendKind {
         f.write_str(match self {
             Self::ClusterIP => "ClusterIP",
             Self::NodePort => "NodePort",
+            Self::HostPort => "HostPort",
         })
     }
 }
@@ -87,8 +102,8 @@ impl fmt::Display for FrontendKind {
 pub struct Frontend {
     /// Where the address comes from.
     pub kind: FrontendKind,
-    /// The Service that holds the address.
-    pub service: ObjectName,
+    /// The Service that holds the address; of a host port, the pod.
+    pub holder: ObjectName,
     /// Name of the service port, empty if it has none.
     pub port_name: String,
     /// How connections are spread.
@@ -98,6 +113,16 @@ pub struct Frontend {
 }
 
 impl Frontend {
+    /// Its holder in words, such as `Service default/web`.
+    #[must_use]
+    pub fn object(&self) -> String {
+        let kind = match self.kind {
+            FrontendKind::ClusterIP | FrontendKind::NodePort => "Service",
+            FrontendKind::HostPort => "pod",
+        };
+        format!("{kind} {}", self.holder)
+    }
+
     /// What happens to its traffic.
     #[must_use]
     pub fn action(&self) -> Action {
@@ -203,13 +228,14 @@ impl Scope {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
     node: String,
-    facts: NodeFacts,
+    pub(crate) facts: NodeFacts,
     plans: BTreeMap<ObjectName, ServicePlan>,
     claims: BTreeMap<FrontendAddr, BTreeSet<Claim>>,
     /// How many claims to frontends each VIP has.
     vips: BTreeMap<IpAddr, usize>,
-    /// How many Services have each backend of this node.
+    /// How many Services, and pods with host ports, have each backend of this node.
     hairpins: BTreeMap<IpAddr, usize>,
+    pub(crate) host_ports: HostPorts,
 }
 
 impl Desired {
@@ -238,6 +264,7 @@ impl Desired {
         for (name, _) in cluster.services() {
             scope.merge(self.update(cluster, name));
         }
+        scope.merge(self.move_host_ports());
         scope
     }
 
@@ -301,7 +328,7 @@ impl Desired {
         }
     }
 
-    fn count_hairpins(
+    pub(crate) fn count_hairpins(
         &mut self,
         old: &BTreeSet<IpAddr>,
         new: &BTreeSet<IpAddr>,
@@ -317,18 +344,33 @@ impl Desired {
         }
     }
 
-    /// The frontend at `addr`, of the Service that holds it.
+    /// The frontend at `addr`, of the pod or Service that holds it.
     #[must_use]
     pub fn frontend(&self, addr: &FrontendAddr) -> Option<&Frontend> {
+        if let Some(frontend) = self.host_ports.frontend(addr) {
+            return Some(frontend);
+        }
         let holder = self.claims.get(addr)?.first()?;
         self.plans.get(&holder.service)?.frontends.get(addr)
     }
 
+    /// The Service whose claim to `addr` comes first among Services.
+    pub(crate) fn service_at(&self, addr: &FrontendAddr) -> Option<&ObjectName> {
+        let claims = self.claims.get(addr)?;
+        claims.first().map(|claim| &claim.service)
+    }
+
     /// Every frontend with its address, in the order of addresses.
     pub fn frontends(&self) -> impl Iterator<Item = (FrontendAddr, &Frontend)> {
-        self.claims
-            .keys()
-            .filter_map(|addr| self.frontend(addr).map(|frontend| (*addr, frontend)))
+        let mut services = self.claims.keys().peekable();
+        let mut pods = self.host_ports.keys().peekable();
+        let addrs = std::iter::from_fn(move || match (services.peek(), pods.peek()) {
+            (Some(service), Some(pod)) if service < pod => services.next(),
+            (Some(service), Some(pod)) if service == pod => services.next().and(pods.next()),
+            (_, Some(_)) => pods.next(),
+            (_, None) => services.next(),
+        });
+        addrs.filter_map(|addr| self.frontend(addr).map(|frontend| (*addr, frontend)))
     }
 
     /// The frontends that each Service holds, by namespace and name, beginning
@@ -341,10 +383,8 @@ impl Desired {
         let plans = self.plans.range::<ObjectName, _>((start, Bound::Unbounded));
         plans.map(|(name, plan)| {
             let held = plan.frontends.iter().filter(|(addr, _)| {
-                let claims = self.claims.get(addr);
-                claims
-                    .and_then(BTreeSet::first)
-                    .is_some_and(|holder| holder.service == *name)
+                let held_by_pod = self.host_ports.frontend(addr).is_some();
+                !held_by_pod && self.service_at(addr) == Some(name)
             });
             (
                 name,
@@ -388,6 +428,18 @@ impl Desired {
         };
         let mut conditions = plan.conditions.clone();
         for (addr, frontend) in &plan.frontends {
+            if let Some(held) = self.host_ports.frontend(addr) {
+                conditions.push(condition(
+                    name,
+                    Reason::AddressConflict,
+                    format!(
+                        "{}: {addr} is held by a host port of {}; give one of the two another port",
+                        frontend.kind.field(),
+                        held.object()
+                    ),
+                ));
+                continue;
+            }
             let holder = self.claims.get(addr).and_then(BTreeSet::first);
             if let Some(holder) = holder.filter(|claim| claim.service != *name) {
                 conditions.push(condition(
@@ -565,6 +617,7 @@ impl Planner<'_> {
                 let field = match kind {
                     FrontendKind::ClusterIP => "port",
                     FrontendKind::NodePort => "nodePort",
+                    FrontendKind::HostPort => "hostPort",
                 };
                 duplicates.insert((field, number));
                 return;
@@ -573,7 +626,7 @@ impl Planner<'_> {
                 addr,
                 Frontend {
                     kind,
-                    service: self.name.clone(),
+                    holder: self.name.clone(),
                     port_name: port.name.clone(),
                     scheduling: Scheduling::default(),
                     backends: backends.clone(),

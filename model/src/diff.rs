@@ -45,8 +45,9 @@ pub fn everything(desired: &Desired, observed: &Observed) -> Scope {
     for (addr, _) in desired.frontends() {
         scope.insert(addr);
     }
-    let seen = observed.services.keys();
-    for addr in seen.chain(&observed.allowed).chain(&observed.external) {
+    let elements = observed.allowed.iter().chain(&observed.external);
+    let elements = elements.chain(&observed.preserved);
+    for addr in elements.chain(observed.services.keys()) {
         scope.insert(*addr);
     }
     scope.hairpins.extend(desired.hairpins());
@@ -100,6 +101,12 @@ fn diff_frontend(
     match (external, observed.external.contains(addr)) {
         (true, false) => changes.push(Change::AddExternal(*addr)),
         (false, true) => changes.push(Change::RemoveExternal(*addr)),
+        (true, true) | (false, false) => {}
+    }
+    let preserved = frontend.is_some_and(|frontend| frontend.kind.preserves_client());
+    match (preserved, observed.preserved.contains(addr)) {
+        (true, false) => changes.push(Change::AddPreserved(*addr)),
+        (false, true) => changes.push(Change::RemovePreserved(*addr)),
         (true, true) | (false, false) => {}
     }
     match (wanted, present) {

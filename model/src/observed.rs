@@ -22,6 +22,8 @@ pub struct Observed {
     pub allowed: BTreeSet<FrontendAddr>,
     /// Frontends in the set of external ones.
     pub external: BTreeSet<FrontendAddr>,
+    /// Frontends in the set of those whose backends see the client.
+    pub preserved: BTreeSet<FrontendAddr>,
     /// Addresses in the set of hairpins.
     pub hairpins: BTreeSet<IpAddr>,
     /// Virtual services on our addresses.
@@ -58,6 +60,12 @@ impl Observed {
             }
             Change::RemoveExternal(frontend) => {
                 self.external.remove(frontend);
+            }
+            Change::AddPreserved(frontend) => {
+                self.preserved.insert(*frontend);
+            }
+            Change::RemovePreserved(frontend) => {
+                self.preserved.remove(frontend);
             }
             Change::AddHairpin(ip) => {
                 self.hairpins.insert(*ip);

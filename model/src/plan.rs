@@ -129,7 +129,7 @@ impl Plan {
         let mut frontends: Vec<_> = view.desired().frontends().collect();
         frontends.sort_by_key(|(addr, frontend)| {
             (
-                &frontend.service,
+                &frontend.holder,
                 &frontend.port_name,
                 Family::of(addr.ip),
                 frontend.kind,
@@ -177,7 +177,7 @@ fn row(view: &NodeView, addr: FrontendAddr, frontend: &Frontend) -> FrontendRow 
     });
     let flags = frontend.scheduling.scheduler_flags;
     FrontendRow {
-        service: frontend.service.to_string(),
+        service: frontend.holder.to_string(),
         port: frontend.port_name.clone(),
         family: Family::of(addr.ip),
         kind: frontend.kind.to_string(),
@@ -208,10 +208,13 @@ fn masquerade(view: &NodeView, frontend: &Frontend) -> Vec<&'static str> {
         (Action::Balance, FrontendKind::ClusterIP) if view.policy().masquerade_all => {
             return vec!["all"];
         }
-        (Action::Balance, FrontendKind::ClusterIP | FrontendKind::NodePort) => {}
+        (
+            Action::Balance,
+            FrontendKind::ClusterIP | FrontendKind::NodePort | FrontendKind::HostPort,
+        ) => {}
     }
     let mut cases = vec!["hairpin"];
-    if frontend.kind.is_external() {
+    if frontend.kind.is_external() && !frontend.kind.preserves_client() {
         cases.push("offNode");
     }
     let networks = view.networks();

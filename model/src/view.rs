@@ -12,7 +12,9 @@ use ipnetwork::IpNetwork;
 use crate::cluster::{ClusterState, Event, Touched};
 use crate::condition::{Condition, Reason};
 use crate::desired::{Desired, Scope};
+use crate::host_ports::PodPorts;
 use crate::kube::{Kind, Node};
+use crate::names::Attachment;
 use crate::network::{
     Networks, NodeFacts, Policy, address_conditions, cluster_object, range_conditions,
 };
@@ -81,6 +83,11 @@ impl NodeView {
     pub fn set_own(&mut self, own: Vec<OwnAddress>) -> Scope {
         self.own = Some(own);
         self.set_facts()
+    }
+
+    /// Takes in the host ports of an attachment; `None` is none. Returns what may have changed.
+    pub fn set_host_ports(&mut self, attachment: &Attachment, ports: Option<PodPorts>) -> Scope {
+        self.desired.set_host_ports(attachment, ports)
     }
 
     fn set_facts(&mut self) -> Scope {

@@ -11,13 +11,14 @@ use std::net::IpAddr;
 use ferrule_model::address::{BackendAddr, FrontendAddr, Protocol};
 use ferrule_model::change::Change;
 use ferrule_model::cluster::{ClusterState, Event};
-use ferrule_model::desired::{Desired, Frontend, Scope};
+use ferrule_model::desired::{Desired, Frontend, FrontendKind, Scope};
 use ferrule_model::diff::{diff, diff_all};
+use ferrule_model::host_ports::{HostPort, PodPorts};
 use ferrule_model::kube::{
     AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind, Object,
     ObjectKey, ObjectMeta, SERVICE_NAME_LABEL, Service, ServicePort, ServiceSpec,
 };
-use ferrule_model::names::ObjectName;
+use ferrule_model::names::{Attachment, ContainerId, IfName, ObjectName};
 use ferrule_model::network::NodeFacts;
 use ferrule_model::observed::Observed;
 use ferrule_model::service::{Scheduler, Scheduling, VirtualService};
@@ -152,9 +153,54 @@ fn deletion() -> impl Strategy<Value = Event> {
     })
 }
 
-fn events() -> impl Strategy<Value = Vec<Event>> {
+/// Host ports of few pods, at ports that Services have too; two pods may have
+/// the same, which the agent would refuse.
+fn pod_ports() -> impl Strategy<Value = Told> {
+    let host_ip = prop::sample::select(vec!["", "0.0.0.0", "::", "192.0.2.1", "2001:db8::1"]);
+    let port = (
+        host_ip,
+        protocol(),
+        prop::sample::select(vec![80_u16, 30_053, 30_080]),
+    )
+        .prop_map(|(host_ip, protocol, host_port)| HostPort {
+            host_ip: host_ip.parse().ok(),
+            host_port,
+            container_port: 8080,
+            protocol,
+        });
+    let ports = prop::option::of(prop::collection::vec(port, 0..3));
+    (0..3_u8, ports).prop_map(|(pod, ports)| {
+        let attachment = Attachment {
+            container_id: ContainerId::try_from(format!("c{pod}")).unwrap(),
+            interface: IfName::try_from("eth0".to_owned()).unwrap(),
+        };
+        let ports = ports.map(|ports| PodPorts {
+            pod: ObjectName::new("default", format!("p{pod}")),
+            addresses: vec![
+                format!("10.1.0.{pod}").parse().unwrap(),
+                format!("fd00:1::{pod}").parse().unwrap(),
+            ],
+            ports,
+        });
+        Told::HostPorts(attachment, ports)
+    })
+}
+
+/// What the model is told.
+#[derive(Clone, Debug)]
+enum Told {
+    Event(Event),
+    HostPorts(Attachment, Option<PodPorts>),
+}
+
+fn events() -> impl Strategy<Value = Vec<Told>> {
     prop::collection::vec(
-        prop_oneof![3 => service(), 4 => slice(), 1 => deletion()],
+        prop_oneof![
+            3 => service().prop_map(Told::Event),
+            4 => slice().prop_map(Told::Event),
+            1 => deletion().prop_map(Told::Event),
+            1 => pod_ports(),
+        ],
         0..40,
     )
 }
@@ -205,8 +251,14 @@ impl World {
         world
     }
 
-    fn take(&mut self, event: Event) -> Scope {
+    fn take(&mut self, told: Told) -> Scope {
         let mut scope = Scope::default();
+        let event = match told {
+            Told::Event(event) => event,
+            Told::HostPorts(attachment, ports) => {
+                return self.desired.set_host_ports(&attachment, ports);
+            }
+        };
         for service in self.cluster.apply(event).services {
             scope.merge(self.desired.update(&self.cluster, &service));
         }
@@ -214,16 +266,19 @@ impl World {
     }
 }
 
-/// The objects that a sequence of events leaves, last state of each.
-fn remaining(events: &[Event]) -> Vec<Event> {
+/// What a sequence of events leaves, last state of each object and pod.
+fn remaining(events: &[Told]) -> Vec<Told> {
     let mut objects = BTreeMap::new();
-    for event in events {
-        match event {
-            Event::Applied(object) => objects.insert(object.key(), event.clone()),
-            Event::Deleted(key) => objects.remove(key),
+    let mut pods = BTreeMap::new();
+    for told in events {
+        match told {
+            Told::Event(Event::Applied(object)) => objects.insert(object.key(), told.clone()),
+            Told::Event(Event::Deleted(key)) => objects.remove(key),
+            Told::HostPorts(attachment, Some(_)) => pods.insert(attachment, told.clone()),
+            Told::HostPorts(attachment, None) => pods.remove(attachment),
         };
     }
-    objects.into_values().collect()
+    objects.into_values().chain(pods.into_values()).collect()
 }
 
 fn observed() -> impl Strategy<Value = Observed> {
@@ -254,15 +309,17 @@ fn observed() -> impl Strategy<Value = Observed> {
         prop::collection::btree_set(ip, 0..4),
         prop::collection::btree_set(addr.clone(), 0..4),
         prop::collection::btree_set(addr.clone(), 0..4),
+        prop::collection::btree_set(addr.clone(), 0..4),
         prop::collection::btree_map(addr, service, 0..4),
         prop::collection::btree_set((0..4_u8).prop_map(|n| IpAddr::from([10, 1, 0, n])), 0..3),
     )
         .prop_map(
-            |(guarded, bound, allowed, external, services, hairpins)| Observed {
+            |(guarded, bound, allowed, external, preserved, services, hairpins)| Observed {
                 guarded,
                 bound,
                 allowed,
                 external,
+                preserved,
                 hairpins,
                 services,
             },
@@ -288,6 +345,7 @@ fn wanted(desired: &Desired) -> Observed {
             .filter(|(addr, _)| !desired.is_vip(addr.ip))
             .map(|(addr, _)| addr)
             .collect(),
+        preserved: desired.host_ports().map(|(addr, _)| addr).collect(),
         hairpins: desired.hairpins().collect(),
         services,
     }
@@ -337,6 +395,8 @@ fn carry_out(observed: &mut Observed, changes: &[Change]) -> Result<(), TestCase
             Change::RemoveService(_)
             | Change::DisallowFrontend(_)
             | Change::AddExternal(_)
+            | Change::AddPreserved(_)
+            | Change::RemovePreserved(_)
             | Change::AddHairpin(_)
             | Change::RemoveHairpin(_)
             | Change::GuardVip(_)
@@ -439,9 +499,30 @@ proptest! {
             world.take(event);
         }
         let mut holders: BTreeSet<FrontendAddr> = BTreeSet::new();
-        for (addr, Frontend { service, .. }) in world.desired.frontends() {
+        for (addr, frontend) in world.desired.frontends() {
+            let Frontend { holder, kind, .. } = frontend;
             prop_assert!(holders.insert(addr));
-            let said = world.desired.conditions_of(service);
+            if *kind == FrontendKind::HostPort {
+                // Any Service that asks for it is told that it has lost.
+                let words = format!(": {addr} is held by a host port of {}", frontend.object());
+                let services = world.cluster.services().map(|(name, _)| name);
+                let mut alone = World::new();
+                for service in services {
+                    let object = world.cluster.service(service).unwrap().clone();
+                    alone.take(Told::Event(Event::Applied(Box::new(Object::Service(object)))));
+                    if alone.desired.frontend(&addr).is_none() {
+                        continue;
+                    }
+                    alone.take(Told::Event(Event::Deleted(ObjectKey {
+                        kind: Kind::Service,
+                        name: service.clone(),
+                    })));
+                    let said = world.desired.conditions_of(service);
+                    prop_assert!(said.iter().any(|c| c.message.contains(&words)), "{:?}", said);
+                }
+                continue;
+            }
+            let said = world.desired.conditions_of(holder);
             let words = format!(": {addr} is held by");
             prop_assert!(!said.iter().any(|c| c.message.contains(&words)), "{:?}", said);
         }

@@ -95,7 +95,7 @@ fn check(objects: Vec<Object>, expected: &Expect) {
     }
     let mut text = String::new();
     for (addr, frontend) in desired.frontends() {
-        writeln!(text, "{addr} {} {:?}", frontend.service, frontend.action()).unwrap();
+        writeln!(text, "{addr} {} {:?}", frontend.holder, frontend.action()).unwrap();
         for (backend, how) in &frontend.backends {
             let state = match how.state {
                 BackendState::Ready => "ready",

@@ -30,6 +30,8 @@ pub struct Pod {
     plugin: PathBuf,
     extra: Value,
     ips: Vec<IpAddr>,
+    /// `runtimeConfig` of the network configuration.
+    runtime_config: Option<Value>,
 }
 
 /// What a call of the plugin ended with.
@@ -85,7 +87,15 @@ impl Pod {
             plugin: context.binary("ferrule")?,
             extra: json!({}),
             ips: Vec::new(),
+            runtime_config: None,
         })
+    }
+
+    /// What the runtime asks for beside the network, such as `portMappings`.
+    #[must_use]
+    pub fn with_runtime_config(mut self, config: Value) -> Self {
+        self.runtime_config = Some(config);
+        self
     }
 
     /// A pod with its network.
@@ -190,6 +200,9 @@ impl Pod {
             "agentSocket": node.socket(),
             "stateDir": node.state(),
         });
+        if let Some(runtime) = &self.runtime_config {
+            config["runtimeConfig"] = runtime.clone();
+        }
         let extra = self.extra.as_object().into_iter().flatten();
         let fields = fields.as_object().context("fields are an object")?;
         for (name, value) in extra.chain(fields) {

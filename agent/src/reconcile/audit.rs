@@ -218,6 +218,7 @@ impl Reconciler {
         observed.guarded = found.guarded;
         observed.allowed = found.allowed;
         observed.external = found.external;
+        observed.preserved = found.preserved;
         observed.hairpins = found.hairpins;
         self.note_drift(difference);
         Ok(())

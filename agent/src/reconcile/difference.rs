@@ -96,6 +96,7 @@ impl Difference {
         for (set, believed, found) in [
             ("frontends", &believed.allowed, &found.allowed),
             ("external", &believed.external, &found.external),
+            ("preserved", &believed.preserved, &found.preserved),
         ] {
             for (addr, what) in differing(believed, found) {
                 self.say("filter", format!("element {addr} of set {set} was {what}"));

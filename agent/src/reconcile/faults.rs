@@ -79,6 +79,12 @@ impl Faults {
         self.open.contains_key(&about)
     }
 
+    /// What is wrong there and what to do, if anything is.
+    pub(crate) fn words(&self, about: About) -> Option<String> {
+        let fault = self.open.get(&about)?;
+        Some(format!("{}; {}", fault.problem, fault.remedy))
+    }
+
     /// Notes that it works.
     pub(crate) fn clear(&mut self, about: About) {
         self.open.remove(&about);

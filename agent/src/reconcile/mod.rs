@@ -11,6 +11,7 @@
 mod audit;
 mod difference;
 mod faults;
+mod host_ports;
 mod network;
 mod report;
 
@@ -20,11 +21,11 @@ use std::time::{Duration, Instant};
 
 use ferrule_api::status::LastChange;
 use ferrule_datapath::{ChangeError, Node, Settings, apply};
-use ferrule_model::address::Family;
+use ferrule_model::address::{Family, FrontendAddr};
 use ferrule_model::change::Change;
 use ferrule_model::cluster::Touched;
 use ferrule_model::condition::Condition;
-use ferrule_model::desired::Scope;
+use ferrule_model::desired::{Frontend, Scope};
 use ferrule_model::diff::{diff, everything};
 use ferrule_model::ipam::PodRange;
 use ferrule_model::names::ObjectName;
@@ -38,6 +39,7 @@ use self::audit::Audit;
 use self::difference::{Difference, Drifts};
 pub(crate) use self::faults::now;
 use self::faults::{About, Faults, remedy, with_remedy};
+pub(crate) use self::host_ports::PortsFault;
 use self::network::Network;
 pub(crate) use self::report::{Asker, Query};
 use crate::config::Config;
@@ -79,6 +81,10 @@ pub(crate) struct Reconciler {
     drifts: Drifts,
     source: report::Source,
     statistics: report::Statistics,
+    /// Pods that are being added and wait for their host ports.
+    waiting_pods: Vec<host_ports::Waiting>,
+    /// Keys that were host ports while not everything was known.
+    freed: BTreeSet<FrontendAddr>,
 }
 
 impl Reconciler {
@@ -112,6 +118,8 @@ impl Reconciler {
             drifts: Drifts::default(),
             source: report::Source::new(source),
             statistics: report::Statistics::default(),
+            waiting_pods: Vec::new(),
+            freed: BTreeSet::new(),
         }
     }
 
@@ -124,10 +132,13 @@ impl Reconciler {
         // Listening begins before the first look, so that nothing falls in between.
         self.network.open(&mut self.faults);
         let mut told = false;
+        let host_ports = self.pods.leases().host_port_news();
         loop {
             self.look_at_network().await;
+            self.take_host_ports();
             if told {
                 self.reconcile().await;
+                self.answer_waiting_pods();
                 self.audit_if_due().await;
             }
             let wake = self.wake_at(told);
@@ -145,6 +156,7 @@ impl Reconciler {
                 }
                 Some(query) = queries.recv() => self.answer(query).await,
                 () = self.network.news(&mut self.faults) => {}
+                () = host_ports.notified() => {}
                 () = sleep_until(wake.into()) => {}
             }
         }
@@ -182,6 +194,7 @@ impl Reconciler {
             info!(source = self.source.name, "everything was read");
             self.complete = true;
             self.network.routes_are_suspect();
+            self.freed.clear();
             if let Some(observed) = &self.observed {
                 self.dirty.merge(everything(self.view.desired(), observed));
             }
@@ -296,7 +309,7 @@ impl Reconciler {
         });
         if !self.knows_all() {
             let all = changes.len();
-            changes.retain(|change| !removes(change));
+            changes.retain(|change| !removes(change) || self.is_certain(change));
             if changes.len() < all {
                 warn!(
                     held_back = all - changes.len(),
@@ -480,11 +493,11 @@ impl Reconciler {
     }
 
     fn change_fault(&mut self, change: &Change, error: &ChangeError) {
-        let service = change
+        let holder = change
             .frontend()
             .and_then(|addr| self.view.desired().frontend(&addr))
-            .map(|frontend| format!("Service {}", frontend.service));
-        let object = service.unwrap_or_else(|| format!("address {}", change.ip()));
+            .map(Frontend::object);
+        let object = holder.unwrap_or_else(|| format!("address {}", change.ip()));
         let scheduler = match change {
             Change::AddService(_, how) | Change::UpdateService(_, how) => {
                 Some(how.scheduler.name().to_owned())
@@ -544,6 +557,7 @@ fn removes(change: &Change) -> bool {
         Change::RemoveService(_)
         | Change::DisallowFrontend(_)
         | Change::RemoveExternal(_)
+        | Change::RemovePreserved(_)
         | Change::UnbindVip(_)
         | Change::UnguardVip(_)
         | Change::RemoveServer(..)
@@ -552,6 +566,7 @@ fn removes(change: &Change) -> bool {
         | Change::BindVip(_)
         | Change::AllowFrontend(_)
         | Change::AddExternal(_)
+        | Change::AddPreserved(_)
         | Change::AddHairpin(_)
         | Change::AddService(..)
         | Change::UpdateService(..)

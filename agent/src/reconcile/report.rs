@@ -18,13 +18,14 @@ use ferrule_datapath::{filter::counters, ipvs::Stats};
 use ferrule_model::address::{Family, FrontendAddr};
 use ferrule_model::condition::Condition;
 use ferrule_model::desired::{Action, Frontend, FrontendKind};
-use ferrule_model::names::ObjectName;
+use ferrule_model::names::{Attachment, ObjectName};
 use ferrule_model::plan::ConditionRow;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::Reconciler;
 use super::faults::{now, with_remedy};
+use super::host_ports;
 use crate::source::{Report, Trouble};
 
 /// How long an answer may take before an older one is given.
@@ -37,6 +38,9 @@ const FRESH: Duration = Duration::from_secs(10);
 /// cursors are ordered as the rows are.
 const SEPARATOR: char = '\u{1}';
 
+/// Begins the cursors of host ports: greater than any that begins with a namespace.
+const BEHIND_SERVICES: char = char::MAX;
+
 /// A question.
 #[derive(Debug)]
 pub(crate) enum Query {
@@ -44,6 +48,8 @@ pub(crate) enum Query {
     Status(oneshot::Sender<Box<Status>>),
     /// A part of the list of frontends, behind a cursor.
     Frontends(Option<String>, oneshot::Sender<FrontendRows>),
+    /// Whether the host ports of a lease can be had; answered when the kernel has them.
+    HostPorts(Attachment, host_ports::Reply),
 }
 
 /// The way to ask.
@@ -95,6 +101,15 @@ impl Asker {
     /// A part of the list of frontends; `None` without an answer in time.
     pub(crate) async fn frontends(&self, after: Option<String>) -> Option<FrontendRows> {
         self.ask(|reply| Query::Frontends(after, reply)).await
+    }
+
+    /// Has the host ports of a lease brought into the kernel; `None` without an
+    /// answer in time.
+    pub(crate) async fn host_ports(
+        &self,
+        attachment: Attachment,
+    ) -> Option<Result<(), host_ports::PortsFault>> {
+        self.ask(|reply| Query::HostPorts(attachment, reply)).await
     }
 
     async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Option<T> {
@@ -176,6 +191,7 @@ impl Reconciler {
             Query::Frontends(after, reply) => {
                 let _gave_up = reply.send(self.frontends(after).await);
             }
+            Query::HostPorts(attachment, reply) => self.claim_host_ports(attachment, reply),
         }
     }
 
@@ -260,15 +276,19 @@ impl Reconciler {
         let mut services = std::collections::BTreeSet::new();
         for (_, frontend) in desired.frontends() {
             programmed.frontends += 1;
-            services.insert(&frontend.service);
             match frontend.action() {
                 Action::Reject => programmed.rejecting += 1,
                 Action::Balance => {}
             }
             match frontend.kind {
+                FrontendKind::HostPort => {
+                    programmed.host_ports += 1;
+                    continue;
+                }
                 FrontendKind::NodePort => programmed.node_ports += 1,
                 FrontendKind::ClusterIP => {}
             }
+            services.insert(&frontend.holder);
         }
         programmed.services = services.len();
         if let Some(observed) = &self.observed {
@@ -407,6 +427,18 @@ impl Reconciler {
                 last = Some(cursor);
             }
         }
+        for (index, (addr, frontend)) in self.view.desired().host_ports().enumerate() {
+            let cursor = format!("{BEHIND_SERVICES}{index:06}");
+            if after.as_ref().is_some_and(|after| cursor <= *after) {
+                continue;
+            }
+            if rows.rows.len() == limit {
+                rows.next = last;
+                return rows;
+            }
+            rows.rows.push(self.frontend_row(addr, frontend));
+            last = Some(cursor);
+        }
         rows
     }
 
@@ -415,7 +447,7 @@ impl Reconciler {
         let wanted = frontend.virtual_service();
         let present = self.observed.as_ref().map(|o| o.services.get(&addr));
         FrontendRow {
-            service: frontend.service.to_string(),
+            service: frontend.holder.to_string(),
             port: frontend.port_name.clone(),
             kind: frontend.kind.to_string(),
             address: addr.to_string(),

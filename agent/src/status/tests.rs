@@ -59,6 +59,7 @@ fn healthy() -> Status {
             rejecting: 0,
             vips: 84,
             node_ports: 34,
+            host_ports: 2,
             virtual_services: 118,
             real_servers: 310,
             routes: 4,
@@ -189,6 +190,7 @@ fn a_healthy_node() {
         programmed   42 Services, 118 frontends
                      118 virtual services, 310 real servers, 84 VIPs, 4 routes
                      34 frontends on node ports of 192.0.2.7, 2001:db8::7
+                     2 frontends on host ports of pods
         last change  4 min 10 s ago: 6 steps, 62 ms from seen to kernel, 3.1 ms of it in the kernel
         pods         61 leases
                      10.244.1.0/24: 61 used, 192 free
@@ -224,6 +226,7 @@ fn a_broken_node() {
         programmed   42 Services, 118 frontends (2 without endpoints, refused)
                      118 virtual services, 310 real servers, 84 VIPs, 4 routes
                      34 frontends on node ports of 192.0.2.7, 2001:db8::7
+                     2 frontends on host ports of pods
                      3 changes pending
         last change  4 min 10 s ago: 6 steps, 62 ms from seen to kernel, 3.1 ms of it in the kernel
         pods         61 leases
@@ -291,6 +294,7 @@ fn a_narrow_terminal_wraps_and_indents() {
                      servers, 84 VIPs, 4 routes
                      34 frontends on node ports of
                      192.0.2.7, 2001:db8::7
+                     2 frontends on host ports of pods
                      3 changes pending
         last change  4 min 10 s ago: 6 steps, 62 ms from
                      seen to kernel, 3.1 ms of it in the

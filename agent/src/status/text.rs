@@ -293,7 +293,17 @@ fn programmed(programmed: &Programmed) -> Vec<Paragraph> {
         (programmed.routes, "route"),
     ])
     .join(", ");
-    let mut value: Vec<Paragraph> = [services + &rejecting, kernel, node_ports(programmed)]
+    let host_ports = match programmed.host_ports {
+        0 => String::new(),
+        number => format!("{} on host ports of pods", count(number, "frontend")),
+    };
+    let lines = [
+        services + &rejecting,
+        kernel,
+        node_ports(programmed),
+        host_ports,
+    ];
+    let mut value: Vec<Paragraph> = lines
         .into_iter()
         .filter(|text| !text.is_empty())
         .map(Paragraph::from)

@@ -24,7 +24,9 @@ use std::thread;
 use std::time::Duration;
 
 use ferrule_api::status::{PodRow, PodRows};
-use ferrule_api::{Allocation, Answer, Call, CallError, Client, ErrorCode, Reply, Request};
+use ferrule_api::{
+    Allocation, Answer, Call, CallError, Client, ErrorCode, HostPort, Reply, Request,
+};
 use ferrule_model::names::{Attachment, ContainerId, IfName};
 use ferrule_model::ownership;
 use ipnetwork::IpNetwork;
@@ -147,6 +149,8 @@ pub(crate) struct Agent {
     leases: Arc<Mutex<BTreeMap<Attachment, Allocation>>>,
     networks: Arc<Mutex<BTreeMap<Attachment, String>>>,
     mood: Arc<Mutex<Mood>>,
+    /// Host ports of the last lease that was asked for.
+    pub(crate) ports: Arc<Mutex<Option<Vec<HostPort>>>>,
 }
 
 impl Agent {
@@ -179,6 +183,7 @@ impl Agent {
         let mut leases = self.leases.lock().unwrap();
         match call {
             Call::Allocate(wanted) => {
+                *self.ports.lock().unwrap() = Some(wanted.ports);
                 let number = leases.len() + 2;
                 let mut addresses: Vec<IpNetwork> = vec![
                     format!("10.1.0.{number}/32").parse().unwrap(),
@@ -326,6 +331,7 @@ impl Node {
                 leases: Arc::default(),
                 networks: Arc::default(),
                 mood: Arc::new(Mutex::new(Mood::Works)),
+                ports: Arc::default(),
             },
             version: "1.0.0",
             extra: json!({}),

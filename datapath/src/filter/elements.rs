@@ -52,6 +52,8 @@ pub enum Element {
     Frontend(FrontendAddr),
     /// Of `external4` or `external6`.
     External(FrontendAddr),
+    /// Of `preserved4` or `preserved6`.
+    Preserved(FrontendAddr),
     /// Of `hairpins4` or `hairpins6`: the address as source and as destination.
     Hairpin(IpAddr),
 }
@@ -89,13 +91,15 @@ pub struct Elements {
 }
 
 /// All of them.
-const SETS: [&str; 8] = [
+const SETS: [&str; 10] = [
     "vips4",
     "vips6",
     "frontends4",
     "frontends6",
     "external4",
     "external6",
+    "preserved4",
+    "preserved6",
     "hairpins4",
     "hairpins6",
 ];
@@ -109,6 +113,8 @@ impl Element {
             Self::Frontend(_) => "frontends6",
             Self::External(addr) if addr.ip.is_ipv4() => "external4",
             Self::External(_) => "external6",
+            Self::Preserved(addr) if addr.ip.is_ipv4() => "preserved4",
+            Self::Preserved(_) => "preserved6",
             Self::Hairpin(IpAddr::V4(_)) => "hairpins4",
             Self::Hairpin(IpAddr::V6(_)) => "hairpins6",
         }
@@ -123,7 +129,7 @@ impl Element {
         match self {
             Self::Vip(ip) => octets(*ip),
             Self::Hairpin(ip) => octets(*ip).repeat(2),
-            Self::Frontend(addr) | Self::External(addr) => {
+            Self::Frontend(addr) | Self::External(addr) | Self::Preserved(addr) => {
                 let mut key = octets(addr.ip);
                 let [high, low] = addr.port.to_be_bytes();
                 key.extend([addr.protocol.number(), 0, 0, 0, high, low, 0, 0]);
@@ -137,7 +143,7 @@ impl Element {
         match self {
             Self::Vip(ip) => ip.to_string(),
             Self::Hairpin(ip) => format!("{ip} . {ip}"),
-            Self::Frontend(addr) | Self::External(addr) => {
+            Self::Frontend(addr) | Self::External(addr) | Self::Preserved(addr) => {
                 format!("{} . {} . {}", addr.ip, addr.protocol.number(), addr.port)
             }
         }
@@ -164,6 +170,8 @@ impl Element {
         let addr = FrontendAddr::new(ip, port, protocol);
         Some(if set.starts_with("external") {
             Self::External(addr)
+        } else if set.starts_with("preserved") {
+            Self::Preserved(addr)
         } else {
             Self::Frontend(addr)
         })
@@ -415,7 +423,11 @@ mod tests {
             let mut elements = vec![Element::Vip(ip), Element::Hairpin(ip)];
             for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                 let addr = FrontendAddr::new(ip, 53, protocol);
-                elements.extend([Element::Frontend(addr), Element::External(addr)]);
+                elements.extend([
+                    Element::Frontend(addr),
+                    Element::External(addr),
+                    Element::Preserved(addr),
+                ]);
             }
             for element in elements {
                 let read = Element::from_key(element.set(), &element.key());

@@ -199,6 +199,11 @@ impl<'a> Ruleset<'a> {
                     "frontends that are called from outside",
                 ),
                 (
+                    "preserved",
+                    &frontend,
+                    "those of them whose backends see the client",
+                ),
+                (
                     "hairpins",
                     &format!("{ip} . {ip}"),
                     "backends of this node that may call themselves",
@@ -323,12 +328,15 @@ impl<'a> Ruleset<'a> {
             let called = format!("ct original {ip} daddr");
             let vip = format!("{called} @vips{digit}");
             // The program knows what a port is only after a transport protocol.
-            let external = PROTOCOLS.map(|protocol| {
-                format!(
-                    "meta l4proto {protocol} {called} . meta l4proto . \
-                     ct original proto-dst @external{digit}"
-                )
-            });
+            let of_set = |set| {
+                PROTOCOLS.map(|protocol| {
+                    format!(
+                        "meta l4proto {protocol} {called} . meta l4proto . \
+                         ct original proto-dst @{set}{digit}"
+                    )
+                })
+            };
+            let external = of_set("external");
             self.replace(
                 &format!("{ip} saddr . {ip} daddr @hairpins{digit}"),
                 counters::HAIRPIN,
@@ -345,6 +353,13 @@ impl<'a> Ruleset<'a> {
             let beyond = own
                 .as_ref()
                 .map_or(String::new(), |own| format!("{ip} saddr != {own} "));
+            for preserved in of_set("preserved") {
+                self.rule(
+                    chain,
+                    &format!("{preserved} return"),
+                    "the backend is on this node and sees the client",
+                );
+            }
             for external in &external {
                 self.replace(
                     &format!("{external} {beyond}fib saddr type != local"),

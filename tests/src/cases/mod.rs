@@ -15,6 +15,7 @@ mod datapath;
 mod faults;
 mod foreign;
 mod guard;
+mod hostport;
 mod library;
 mod load;
 mod manifests;
@@ -81,6 +82,11 @@ fn pods_and_socket() -> Vec<Test> {
             "source/the-api-feeds-pods-and-status",
             5,
             source::the_api_feeds_pods_and_status,
+        ),
+        native(
+            "hostport/not-where-services-cannot-be",
+            5,
+            hostport::not_where_services_cannot_be,
         ),
         native("socket/survives-garbage", 10, socket::survives_garbage),
         native("socket/refuses-other-users", 2, socket::refuses_other_users),
@@ -196,6 +202,22 @@ fn beyond_a_node() -> Vec<Test> {
             10,
             nodeport::limited_to_chosen_addresses,
         ),
+        ipvs(
+            "hostport/answered-on-every-node-address",
+            10,
+            hostport::answered_on_every_node_address,
+        ),
+        ipvs(
+            "hostport/conflicts-are-errors",
+            10,
+            hostport::conflicts_are_errors,
+        ),
+        ipvs(
+            "hostport/of-a-killed-agent-goes-on",
+            10,
+            hostport::of_a_killed_agent_goes_on,
+        ),
+        ipvs("hostport/gone-after-del", 10, hostport::gone_after_del),
         ipvs("masquerade/node-ports", 10, masquerade::node_ports),
         ipvs("masquerade/cluster-ips", 10, masquerade::cluster_ips),
         ipvs(

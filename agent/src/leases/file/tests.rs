@@ -1,11 +1,13 @@
 //! What stands in a file is either what was written or an error, and an error
 //! leaves the file as it was.
 
+use ferrule_api::Wanted;
 use ferrule_model::ipam::PodRange;
 use ferrule_model::names::{Attachment, ContainerId, IfName};
 use tempfile::TempDir;
 
 use super::*;
+use crate::clock::Moment;
 use crate::leases::{LeaseError, Leases};
 
 const LEASED: usize = 40;
@@ -23,7 +25,9 @@ fn written(dir: &TempDir) -> (PathBuf, Leases) {
     let leases = Leases::open(&path).unwrap();
     leases.set_ranges(vec![PodRange::parse("10.1.0.0/24").unwrap()]);
     for number in 0..LEASED + 5 {
-        leases.allocate(&attachment(number), None).unwrap();
+        leases
+            .allocate(&Wanted::new(attachment(number)), Moment::default())
+            .unwrap();
     }
     for number in LEASED..LEASED + 5 {
         leases.release(&attachment(number)).unwrap();

@@ -3,8 +3,10 @@
 
 use anyhow::{bail, ensure};
 use ferrule_api::{
-    Answer, Call, ErrorCode, MAX_LINE, PodName, Reply, Request, VERSION, Wanted, decode, encode,
+    Answer, Call, ErrorCode, HostPort, MAX_LINE, PodName, Reply, Request, VERSION, Wanted, decode,
+    encode,
 };
+use ferrule_model::address::Protocol;
 use ferrule_model::names::{Attachment, ContainerId, IfName};
 use serde_json::{Value, json};
 
@@ -33,6 +35,11 @@ pub(super) fn call(random: &mut Random) -> anyhow::Result<Call> {
                 namespace: "default".to_owned(),
                 name: format!("web-{}", random.below(CONTAINERS)),
             }),
+            ports: if random.chance(20) {
+                vec![host_port(random); random.below(3)]
+            } else {
+                Vec::new()
+            },
             ..Wanted::new(attachment(random.below(CONTAINERS))?)
         })),
         1 => Call::Release {
@@ -46,6 +53,18 @@ pub(super) fn call(random: &mut Random) -> anyhow::Result<Call> {
             after: cursor(random),
         },
     })
+}
+
+/// A host port, some of which make no sense.
+fn host_port(random: &mut Random) -> HostPort {
+    let hosts = ["", "0.0.0.0", "::1", "192.0.2.1"];
+    let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    HostPort {
+        host_ip: random.pick(&hosts).parse().ok(),
+        host_port: *random.pick(&[0, 80, 30_080]),
+        container_port: *random.pick(&[0, 8080, 8080]),
+        protocol: *random.pick(&protocols),
+    }
 }
 
 /// The interface of one of the containers.
@@ -239,6 +258,11 @@ pub(super) fn check_reply(line: &[u8], call: Option<&Call>) -> anyhow::Result<()
         | (Some(Call::Pods { .. }), Answer::Pods(_)) => {}
         (Some(Call::Allocate(_)), Answer::Error(error))
             if matches!(error.code, ErrorCode::PoolExhausted | ErrorCode::NotReady) => {}
+        (Some(Call::Allocate(_)), Answer::Error(error))
+            if matches!(
+                error.code,
+                ErrorCode::BadRequest | ErrorCode::PortTaken | ErrorCode::Unsupported
+            ) && error.message.contains("ort") => {}
         (Some(Call::Status | Call::Frontends { .. }), Answer::Error(error))
             if error.code == ErrorCode::NotReady => {}
         (call, answer) => bail!("{call:?} was answered with {answer:?}"),

@@ -1,0 +1,136 @@
+//! Host ports of pods, as the reconciler sees them.
+//!
+//! They are facts as Services are, and come from the leases. Those of a pod that
+//! is being added are accepted here or refused: a node port that a Service has is
+//! not taken from it. Once accepted they hold their keys, also against a Service
+//! that comes later and after a restart. Who adds the pod hears from here when
+//! the kernel has them.
+
+use ferrule_model::address::FrontendAddr;
+use ferrule_model::change::Change;
+use ferrule_model::host_ports::ClaimError;
+use ferrule_model::names::Attachment;
+use tokio::sync::oneshot;
+
+use super::Reconciler;
+use super::faults::About;
+
+/// The answer to who waits for host ports.
+pub(super) type Reply = oneshot::Sender<Result<(), PortsFault>>;
+
+/// Why a pod cannot have its host ports.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PortsFault {
+    /// A Service has one, or there is no address for one.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// The kernel does not take them.
+    #[error("the pod's host ports are not in the kernel: {0}")]
+    Kernel(String),
+    /// Its lease was ended meanwhile.
+    #[error("the lease ended while its host ports were being made; ask again")]
+    Gone,
+}
+
+/// One who waits until the kernel has a pod's host ports.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    attachment: Attachment,
+    reply: Reply,
+}
+
+impl Reconciler {
+    /// Takes in what changed among the leases; the kernel is not touched.
+    pub(super) fn take_host_ports(&mut self) {
+        for (attachment, ports) in self.pods.leases().changed_host_ports() {
+            // While not everything is known, nothing is removed for want of an
+            // object; but that these keys are no host ports of it any more is known.
+            if !self.knows_all() {
+                let before = self.view.desired().host_port_keys(&attachment);
+                self.freed.extend(before);
+            }
+            self.dirty
+                .merge(self.view.set_host_ports(&attachment, ports));
+        }
+    }
+
+    /// Accepts or refuses the host ports of a pod that is being added.
+    pub(super) fn claim_host_ports(&mut self, attachment: Attachment, reply: Reply) {
+        // What others have released is free by now.
+        self.take_host_ports();
+        if let Err(fault) = self.accept_host_ports(&attachment) {
+            // Who asked may have given up meanwhile.
+            let _gave_up = reply.send(Err(fault));
+            return;
+        }
+        self.take_host_ports();
+        self.waiting_pods.push(Waiting { attachment, reply });
+    }
+
+    fn accept_host_ports(&mut self, attachment: &Attachment) -> Result<(), PortsFault> {
+        let leases = self.pods.leases();
+        let ports = leases.host_ports(attachment).ok_or(PortsFault::Gone)?;
+        // An ADD that is asked for again finds them accepted.
+        if self.view.desired().host_ports_of(attachment) == Some(&ports) {
+            return Ok(());
+        }
+        self.view.desired().claim_host_ports(&ports)?;
+        if leases.accept_host_ports(attachment) {
+            Ok(())
+        } else {
+            Err(PortsFault::Gone)
+        }
+    }
+
+    /// Tells those who wait what has become of their ports, if anything has.
+    pub(super) fn answer_waiting_pods(&mut self) {
+        let mut waiting = std::mem::take(&mut self.waiting_pods);
+        // Who has given up is not kept.
+        waiting.retain(|one| !one.reply.is_closed());
+        for one in waiting {
+            match self.fate(&one.attachment) {
+                Some(fate) => {
+                    let _gave_up = one.reply.send(fate);
+                }
+                None => self.waiting_pods.push(one),
+            }
+        }
+    }
+
+    fn fate(&self, attachment: &Attachment) -> Option<Result<(), PortsFault>> {
+        let desired = self.view.desired();
+        if desired.host_ports_of(attachment).is_none() {
+            return Some(Err(PortsFault::Gone));
+        }
+        let mut served = self.observed.is_some();
+        for addr in desired.host_port_keys(attachment) {
+            if let Some(words) = self.faults.words(About::Frontend(addr)) {
+                return Some(Err(PortsFault::Kernel(words)));
+            }
+            served &= self.is_served(&addr);
+        }
+        if served {
+            return Some(Ok(()));
+        }
+        let words = self.faults.words(About::Kernel)?;
+        Some(Err(PortsFault::Kernel(words)))
+    }
+
+    fn is_served(&self, addr: &FrontendAddr) -> bool {
+        let frontend = self.view.desired().frontend(addr);
+        let (Some(frontend), Some(observed)) = (frontend, &self.observed) else {
+            return false;
+        };
+        observed.external.contains(addr)
+            && observed.preserved.contains(addr)
+            && observed.services.get(addr) == frontend.virtual_service().as_ref()
+    }
+
+    /// Whether it is known, although not everything is, that what the change
+    /// removes is not wanted: the leases say all about host ports.
+    pub(super) fn is_certain(&self, change: &Change) -> bool {
+        change.frontend().is_some_and(|addr| {
+            self.freed.contains(&addr) || self.view.desired().is_host_port(&addr)
+        })
+    }
+}
