@@ -249,12 +249,12 @@ fn with_a_runtime() -> Vec<Test> {
     vec![
         native(
             "runtime/a-restarted-agent-knows-its-containers",
-            10,
+            15,
             runtime::a_restarted_agent_knows_its_containers,
         ),
         native(
             "chain/plugins-of-others-follow",
-            10,
+            20,
             chain::plugins_of_others_follow,
         ),
         native("runtime/twenty-at-once", 15, runtime::twenty_at_once),
