@@ -56,7 +56,7 @@ pub(crate) async fn run(
     request: Request<'_>,
     print: impl FnOnce(&Value) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    // For now as if the smallest burst let a packet pass: the agent knows the MTU.
+    // What depends on the MTU is looked at again when the agent has told it.
     config.bandwidth.limits(request.mtu.unwrap_or_default())?;
     let ports = ports::read(config.port_mappings.as_ref())?;
     let sides = validate(&request).await?;
@@ -130,6 +130,7 @@ async fn make(
     })?;
     undo.lease();
     fault::reached(Step::Leased);
+    let limits = config.bandwidth.limits(allocation.mtu)?;
     let mut pair = Pair::new(
         attachment,
         request.network,
@@ -148,7 +149,6 @@ async fn make(
     fault::reached(Step::PodConfigured);
     let host_end = configure_host(sides, &pair).await?;
     fault::reached(Step::HostConfigured);
-    let limits = config.bandwidth.limits(pair.mtu)?;
     let shaper = Shaper::new(attachment, Some(request.network), pair.mtu, limits);
     shaper.make(&sides.host, attachment).await?;
     fault::reached(Step::ShaperMade);

@@ -152,7 +152,7 @@ fn what_cannot_be_is_refused_before_anything_is_made() {
         assert!(error["msg"].as_str().unwrap().contains(words), "{error}");
         node.assert_clean();
     }
-    // Only the agent knows the MTU; what was made goes again.
+    // Only the agent knows the MTU; the lease goes again.
     let asked = json!({"egressRate": 8000, "egressBurst": (MTU + 13) * 8});
     node.extra = json!({"runtimeConfig": {"bandwidth": asked}});
     let error = node.call("ADD", "abc", &pod.path()).error(7);

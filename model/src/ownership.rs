@@ -356,5 +356,7 @@ mod tests {
         let veth = host_veth_name(&a);
         assert!(!owns_shaper(&a, veth.as_str(), Some(&alias), Some(mac)));
         assert!(!owns_host_veth(&a, name, Some(&alias), Some(mac)));
+        assert!(is_of_a_pod(name) && is_of_a_pod(veth.as_str()));
+        assert!(!is_of_a_pod("eth0") && !is_of_a_pod("ifb0"));
     }
 }
