@@ -62,6 +62,8 @@ pub struct Selection {
     pub exact: bool,
     /// No tests whose name has one of these in it.
     pub without: Vec<String>,
+    /// Those of [`Group::Counted`] too, though nothing asks for them: to be named, not run.
+    pub counted_too: bool,
 }
 
 impl Selection {
@@ -82,7 +84,7 @@ impl Selection {
             .any(|part| test.name.contains(part.as_str()));
         let group = match self.group {
             Some(group) => group == test.group,
-            None => !self.filters.is_empty() || test.group != Group::Counted,
+            None => self.counted_too || !self.filters.is_empty() || test.group != Group::Counted,
         };
         named && !without && group
     }
@@ -383,6 +385,11 @@ mod tests {
         assert!(!group.has(&a));
         let counted = test("bandwidth/one", Group::Counted);
         assert!(!all.has(&counted), "no clock that counts");
+        let named = Selection {
+            counted_too: true,
+            ..Selection::default()
+        };
+        assert!(named.has(&counted));
         let asked = Selection {
             filters: vec!["bandwidth".to_owned()],
             ..Selection::default()

@@ -68,7 +68,10 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Options>
                 });
             }
             "--rounds" => options.rounds = Some(value()?.parse().context("--rounds")?),
-            "--list" => options.list = true,
+            "--list" => {
+                options.list = true;
+                options.selection.counted_too = true;
+            }
             "--help" | "-h" => options.help = true,
             _ if argument.starts_with('-') => bail!("unknown option {argument}\n{USAGE}"),
             _ => options.selection.filters.push(argument),
