@@ -25,7 +25,8 @@ use crate::leases::file::remedy;
 
 /// How long the lock of an agent that is gone may outlive it: in a child that was
 /// about to become another program.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Pause between two tries.
 pub(crate) const RETRY: Duration = Duration::from_millis(50);
 

@@ -7,11 +7,12 @@
 //! on, from the ground up: [`netns`] and [`link`] make the networks, [`sock`]
 //! speaks through them, [`process`] starts programs in them, [`node`] and [`pod`]
 //! are a node with the agent and a pod that the plugin made, [`runtime`] is the
-//! node's containerd, [`api`] is a cluster's API beside them, [`dump`] reads the
+//! node's containerd, [`api`] is a cluster's API beside them, [`disk`] one that
+//! fills up, [`dump`] reads the
 //! kernel back, [`golden`] compares.
 //!
 //! Nothing here but `cases::codec` and what speaks through the agent's socket
-//! (`cases::socket`, `cases::walk`) uses Ferrule's own crates: the agent is known by its command
+//! (`cases::socket`, `cases::start`, `cases::walk`) uses Ferrule's own crates: the agent is known by its command
 //! line, the plugin by the CNI specification, both by what the kernel then holds.
 //! Namespaces, mounts and sockets are made by system call; programs such as
 //! `ip` serve to set up and to read back, because under emulation each start of
@@ -22,6 +23,7 @@ pub mod cases;
 pub mod chain;
 pub mod context;
 pub mod demo;
+pub mod disk;
 pub mod dump;
 pub mod golden;
 pub mod link;

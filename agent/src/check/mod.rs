@@ -115,7 +115,7 @@ pub(crate) fn before_start(settings: &RunSettings) -> anyhow::Result<Config> {
         rights::check(),
         kernel::version(),
         state::folder(&settings.state_dir),
-        socket::check(&settings.socket),
+        socket::check_patiently(&settings.socket),
     ];
     for finding in findings {
         match finding.result {

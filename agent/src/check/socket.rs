@@ -9,9 +9,12 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
 
 use super::folder;
 use super::{Finding, Outcome};
+use crate::lock;
 
 const CHECK: &str = "socket";
 
@@ -142,7 +145,25 @@ pub(crate) fn judge(path: &Path) -> Result<Place, SocketError> {
 
 /// For an agent that is to listen there.
 pub(super) fn check(path: &Path) -> Finding {
-    match judge(path) {
+    finding(judge(path), path)
+}
+
+/// Likewise, with patience for an agent that was killed a moment ago: a child of it
+/// that is about to become another program listens as well until then.
+pub(super) fn check_patiently(path: &Path) -> Finding {
+    let patience = Instant::now() + lock::PATIENCE;
+    loop {
+        match judge(path) {
+            Err(SocketError::Live { .. }) if Instant::now() < patience => {
+                thread::sleep(lock::RETRY);
+            }
+            judged => return finding(judged, path),
+        }
+    }
+}
+
+fn finding(judged: Result<Place, SocketError>, path: &Path) -> Finding {
+    match judged {
         Ok(Place::Free) => Finding::ok(CHECK, format!("{} is free", path.display())),
         Ok(Place::Left) => Finding::ok(
             CHECK,

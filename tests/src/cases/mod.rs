@@ -29,6 +29,7 @@ mod runtime;
 mod segment;
 mod socket;
 mod source;
+mod start;
 mod status;
 mod walk;
 pub(crate) mod world;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Test> {
     [
         pods_and_socket(),
         within_a_node(),
+        starts(),
         beyond_a_node(),
         with_a_runtime(),
         by_the_counting_clock(),
@@ -160,6 +162,48 @@ fn within_a_node() -> Vec<Test> {
             "faults/pods-go-on-without-a-node-object",
             10,
             faults::pods_go_on_without_a_node_object,
+        ),
+    ]
+}
+
+fn starts() -> Vec<Test> {
+    let native = |name, minutes, run| test(name, Group::Native, minutes, run);
+    vec![
+        native(
+            "start/refused-in-one-sentence",
+            5,
+            start::refused_in_one_sentence,
+        ),
+        native(
+            "start/a-lease-file-in-doubt-is-left-alone",
+            5,
+            start::a_lease_file_in_doubt_is_left_alone,
+        ),
+        native(
+            "start/a-second-agent-is-refused",
+            10,
+            start::a_second_agent_is_refused,
+        ),
+        native(
+            "start/a-check-changes-nothing",
+            5,
+            start::a_check_changes_nothing,
+        ),
+        native(
+            "start/what-this-kernel-lacks-is-told",
+            5,
+            start::what_the_kernel_lacks_is_told,
+        ),
+        native(
+            "start/every-write-can-fail",
+            10,
+            start::every_write_can_fail,
+        ),
+        test(
+            "start/what-the-kernel-lacks-is-told",
+            Group::Ipvs,
+            5,
+            start::what_the_kernel_lacks_is_told,
         ),
     ]
 }

@@ -114,6 +114,8 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
     let wrong = |problem: String| format!("kubeconfig {}: {problem}", path.display());
     let words = |error: &dyn std::error::Error| {
         let words = chain(error);
+        // Behind the first line stands a part of the file.
+        let words = words.lines().next().unwrap_or_default();
         wrong(format!("{words}; give a file that kubectl can work with"))
     };
     let kubeconfig = Kubeconfig::read_from(path).map_err(|error| words(&error))?;
