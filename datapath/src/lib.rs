@@ -8,6 +8,7 @@ pub mod apply;
 mod audit;
 pub mod filter;
 pub mod ipvs;
+pub mod local_ports;
 pub mod modules;
 pub mod news;
 mod node;

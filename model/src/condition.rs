@@ -8,7 +8,7 @@ use crate::kube::ObjectKey;
 /// script against them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
-    /// Another Service holds the same address, port and protocol.
+    /// Another Service, or a pod by a host port, holds the same address, port and protocol.
     AddressConflict,
     /// A field holds something that is no usable address.
     InvalidAddress,

@@ -15,6 +15,7 @@ pub mod condition;
 pub mod desired;
 pub mod diff;
 pub mod endpoints;
+pub mod frontend;
 pub mod host_ports;
 pub mod ipam;
 pub mod kube;

@@ -6,11 +6,13 @@
 //! that comes later and after a restart. Who adds the pod hears from here when
 //! the kernel has them.
 
+use ferrule_datapath::local_ports::may_be_chosen;
 use ferrule_model::address::FrontendAddr;
 use ferrule_model::change::Change;
-use ferrule_model::host_ports::ClaimError;
+use ferrule_model::host_ports::{ClaimError, PodPorts};
 use ferrule_model::names::Attachment;
 use tokio::sync::oneshot;
+use tracing::warn;
 
 use super::Reconciler;
 use super::faults::About;
@@ -76,9 +78,25 @@ impl Reconciler {
         }
         self.view.desired().claim_host_ports(&ports)?;
         if leases.accept_host_ports(attachment) {
+            self.warn_of_chosen_ports(&ports);
             Ok(())
         } else {
             Err(PortsFault::Gone)
+        }
+    }
+
+    fn warn_of_chosen_ports(&self, ports: &PodPorts) {
+        let root = &self.settings.sysctl_root;
+        for port in &ports.ports {
+            if may_be_chosen(root, port.host_port) {
+                warn!(
+                    pod = %ports.pod,
+                    port = port.host_port,
+                    "a host port within net.ipv4.ip_local_port_range: an answer to a process of the \
+                     node that calls from it goes to the pod; add it to \
+                     net.ipv4.ip_local_reserved_ports, or give the pod another"
+                );
+            }
         }
     }
 
