@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use ferrule_api::{Answer, Call, Client, ErrorCode};
+use ferrule_api::{Answer, Call, Client, ErrorCode, Wanted};
 use ferrule_model::names::{Attachment, ContainerId, IfName};
 
 use super::status;
@@ -259,10 +259,7 @@ fn release(container: &str) -> anyhow::Result<Call> {
 }
 
 fn allocate(socket: &Path, container: &str) -> anyhow::Result<Answer> {
-    let call = Call::Allocate {
-        attachment: attachment(container)?,
-        pod: None,
-    };
+    let call = Call::Allocate(Box::new(Wanted::new(attachment(container)?)));
     ask(socket, call)
 }
 
