@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full lint fmt clean
+.PHONY: help build demo test test-full fuzz lint fmt clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list what can be done
@@ -28,6 +28,10 @@ test: ## everything that is checked; ends with: N passed, N failed, N skipped
 
 test-full: ## the same with more rounds, and on the oldest kernel
 	@tests/all --full
+
+fuzz: ## bad input to every parser, a few seconds each (FUZZ_SECONDS=N)
+	@tests/vm/setup build fuzz
+	@tests/fuzz
 
 lint: ## formatting, clippy, spelling, shell scripts, licences
 	@tests/lint

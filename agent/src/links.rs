@@ -55,10 +55,7 @@ pub(crate) async fn look() -> Result<Seen, Error> {
     let question = route::encode(RouteNetlinkMessage::GetRoute(RouteMessage::default()));
     let mut routes: BTreeMap<u32, BTreeSet<IpAddr>> = BTreeMap::new();
     for answer in socket.dump(question).await? {
-        // A route of a kind that cannot be decoded is none of ours.
-        if let Ok(RouteNetlinkMessage::NewRoute(route)) = route::decode(&answer)
-            && let Some((index, ip)) = way_to_pod(&route)
-        {
+        if let Some((index, ip)) = way_to_pod(&answer) {
             routes.entry(index).or_default().insert(ip);
         }
     }
@@ -84,15 +81,11 @@ async fn devices(socket: &Socket) -> Result<(Vec<Device>, Vec<Device>), Error> {
     let question = route::encode(RouteNetlinkMessage::GetLink(LinkMessage::default()));
     let (mut ends, mut shapers) = (Vec::new(), Vec::new());
     for answer in socket.dump(question).await? {
-        // A device of a kind that cannot be decoded is none of ours.
-        let Ok(RouteNetlinkMessage::NewLink(link)) = route::decode(&answer) else {
-            continue;
-        };
-        match device(link) {
-            (Some(InfoKind::Veth), end) if end.name.starts_with(HOST_VETH_PREFIX) => {
+        match read(&answer) {
+            Some((InfoKind::Veth, end)) if end.name.starts_with(HOST_VETH_PREFIX) => {
                 ends.push(end);
             }
-            (Some(InfoKind::Ifb), shaper) if shaper.name.starts_with(SHAPER_PREFIX) => {
+            Some((InfoKind::Ifb, shaper)) if shaper.name.starts_with(SHAPER_PREFIX) => {
                 shapers.push(shaper);
             }
             _ => {}
@@ -101,7 +94,12 @@ async fn devices(socket: &Socket) -> Result<(Vec<Device>, Vec<Device>), Error> {
     Ok((ends, shapers))
 }
 
-fn device(link: LinkMessage) -> (Option<InfoKind>, Device) {
+/// The device that a message is about, and its kind, if it has one.
+fn read(answer: &RawMessage) -> Option<(InfoKind, Device)> {
+    // A device of a kind that cannot be decoded is none of ours.
+    let Ok(RouteNetlinkMessage::NewLink(link)) = route::decode(answer) else {
+        return None;
+    };
     let mut device = Device {
         index: link.header.index,
         ..Device::default()
@@ -130,11 +128,15 @@ fn device(link: LinkMessage) -> (Option<InfoKind>, Device) {
             _ => {}
         }
     }
-    (kind, device)
+    Some((kind?, device))
 }
 
 /// Interface and address of a route that the plugin made.
-fn way_to_pod(message: &RouteMessage) -> Option<(u32, IpAddr)> {
+fn way_to_pod(answer: &RawMessage) -> Option<(u32, IpAddr)> {
+    // A route of a kind that cannot be decoded is none of ours.
+    let Ok(RouteNetlinkMessage::NewRoute(message)) = route::decode(answer) else {
+        return None;
+    };
     let header = &message.header;
     let protocol = u8::from(header.protocol);
     let (mut index, mut ip, mut gateway) = (None, None, false);
@@ -190,4 +192,11 @@ async fn order(message: RawMessage, flags: u16) -> Result<(), Error> {
     let socket = Socket::open(Protocol::Route)?;
     let results = socket.batch(vec![(message, flags)]).await;
     results.into_iter().collect()
+}
+
+/// What is made of an answer of the kernel, for the fuzz targets.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_any(answer: &RawMessage) {
+    let _device = read(answer);
+    let _route = way_to_pod(answer);
 }

@@ -4,6 +4,8 @@
 //! too long or makes no sense is answered with an error that says so where it
 //! still can be, and closed; it never holds up another one.
 
+mod request;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -12,8 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use ferrule_api::status::cut;
-use ferrule_api::{Answer, CallError, ErrorCode, FrameError, MAX_LINE, Reply, Request, VERSION};
+use ferrule_api::{Answer, CallError, ErrorCode, MAX_LINE, Reply};
 use rustix::fs::Mode;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -21,6 +22,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
+use self::request::{bad_request, parse};
 use crate::check::socket::{self, Place};
 use crate::desk::Desk;
 
@@ -159,38 +161,6 @@ async fn read_line(
 ) -> io::Result<usize> {
     let limit = u64::try_from(MAX_LINE).unwrap_or(u64::MAX);
     read.take(limit).read_until(b'\n', line).await
-}
-
-/// The version is looked at before the rest: another generation's call would
-/// otherwise be reported as one that is not understood.
-fn parse(line: &[u8]) -> Result<Request, CallError> {
-    #[derive(serde::Deserialize)]
-    struct Versioned {
-        version: u32,
-    }
-    if line.last() != Some(&b'\n') {
-        return Err(bad_request(format!(
-            "a request is one line of at most {MAX_LINE} bytes that ends with a newline; got {} bytes without one",
-            line.len()
-        )));
-    }
-    let bad = |error: FrameError| bad_request(error.to_string());
-    let Versioned { version } = ferrule_api::decode(line).map_err(bad)?;
-    if version != VERSION {
-        return Err(bad_request(format!(
-            "version {version} of the protocol is not spoken here, only {VERSION}; install plugin and agent of one release"
-        )));
-    }
-    ferrule_api::decode(line).map_err(bad)
-}
-
-fn bad_request(mut message: String) -> CallError {
-    // It quotes what came, and that may be as long as a line.
-    cut(&mut message);
-    CallError {
-        code: ErrorCode::BadRequest,
-        message,
-    }
 }
 
 #[cfg(test)]

@@ -206,6 +206,18 @@ fn parse(line: &[u8]) -> Result<Answer, ClientError> {
         return Err(ClientError::Version { theirs: version });
     }
     let reply: Reply = decode(line).map_err(protocol)?;
+    #[cfg(feature = "fuzzing")]
+    if let Answer::Allocated(allocation) = &reply.answer {
+        let first = allocation.ips().next();
+        ferrule_model::planted::bug(
+            "socket-reply",
+            [
+                allocation.mtu < 1000,
+                allocation.mtu < 100,
+                first.is_some_and(|ip| ip.is_ipv6()),
+            ],
+        );
+    }
     Ok(reply.answer)
 }
 
@@ -290,6 +302,9 @@ impl Exchange {
         }
     }
 }
+
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 
 #[cfg(test)]
 mod tests;

@@ -20,6 +20,8 @@ use ferrule_model::names::{Attachment, NetworkName};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "fuzzing")]
+pub use client::fuzz;
 pub use client::{Client, ClientError};
 pub use line::{FrameError, decode, encode};
 use status::{FrontendRows, PodRows, Status};

@@ -20,7 +20,7 @@ use crate::shaper::Shaper;
 /// The parts of a result that we compare; plugins after us may have added to
 /// it what we know nothing of.
 #[derive(Debug, Deserialize)]
-struct Previous {
+pub(crate) struct Previous {
     #[serde(default)]
     interfaces: Vec<Interface>,
     #[serde(default)]
@@ -78,7 +78,8 @@ pub(crate) async fn run(
     ))
 }
 
-fn previous(config: &Config) -> Result<Previous, Failure> {
+/// What ADD reported, as the runtime passes it on.
+pub(crate) fn previous(config: &Config) -> Result<Previous, Failure> {
     let value = config.previous.as_ref().ok_or_else(|| {
         Failure::new(
             Code::InvalidConfiguration,
@@ -90,8 +91,18 @@ fn previous(config: &Config) -> Result<Previous, Failure> {
 
 impl Previous {
     /// Our addresses: those on the pod's interface, and those that name none.
-    fn addresses(&self, attachment: &Attachment) -> impl Iterator<Item = IpNetwork> {
+    pub(crate) fn addresses(&self, attachment: &Attachment) -> impl Iterator<Item = IpNetwork> {
         self.ips.iter().filter_map(move |ip| {
+            #[cfg(feature = "fuzzing")]
+            ferrule_model::planted::bug(
+                "cni-config",
+                [
+                    ip.address.is_ipv6(),
+                    ip.interface.is_some(),
+                    ip.interface
+                        .is_some_and(|index| index > self.interfaces.len()),
+                ],
+            );
             let name = match ip.interface {
                 None => return Some(ip.address),
                 Some(index) => &self.interfaces.get(index)?.name,
@@ -100,7 +111,7 @@ impl Previous {
         })
     }
 
-    fn mac(&self, name: &str) -> Option<&str> {
+    pub(crate) fn mac(&self, name: &str) -> Option<&str> {
         self.interfaces
             .iter()
             .find(|interface| interface.name == name)?

@@ -126,12 +126,24 @@ impl<L: Fn(&'static str) -> Option<OsString>> Environment<L> {
 
     /// The pod's name from `CNI_ARGS`, where both halves of it are there.
     pub(crate) fn pod(&self) -> Result<Option<PodName>, EnvironmentError> {
-        let value = |key: &'static str| match self.argument(key)? {
-            Some(value) if !is_object_name(&value) => Err(EnvironmentError::PodName {
-                key,
-                value: shortened(&value),
-            }),
-            found => Ok(found),
+        let value = |key: &'static str| {
+            let found = self.argument(key)?;
+            #[cfg(feature = "fuzzing")]
+            ferrule_model::planted::bug(
+                "cni-environment",
+                [
+                    key == "K8S_POD_NAME",
+                    found.as_ref().is_some_and(|name| name.len() > 8),
+                    found.as_ref().is_some_and(|name| name.starts_with('-')),
+                ],
+            );
+            match found {
+                Some(value) if !is_object_name(&value) => Err(EnvironmentError::PodName {
+                    key,
+                    value: shortened(&value),
+                }),
+                found => Ok(found),
+            }
         };
         let namespace = value("K8S_POD_NAMESPACE")?;
         let name = value("K8S_POD_NAME")?;

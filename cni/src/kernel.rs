@@ -83,7 +83,7 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    fn parse(message: &LinkMessage) -> Self {
+    pub(crate) fn parse(message: &LinkMessage) -> Self {
         let mut link = Self {
             index: message.header.index,
             up: message.header.flags.contains(LinkFlags::Up),
@@ -103,6 +103,11 @@ impl Link {
                 _ => {}
             }
         }
+        #[cfg(feature = "fuzzing")]
+        ferrule_model::planted::bug(
+            "netlink-route",
+            [link.veth, link.alias.is_some(), link.mac.is_none()],
+        );
         link
     }
 

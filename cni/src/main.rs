@@ -22,6 +22,8 @@ mod del;
 mod environment;
 mod failure;
 mod fault;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 mod gc;
 mod kernel;
 mod netns;

@@ -434,6 +434,9 @@ fn is_of_the_machine_alone(ip: IpAddr) -> bool {
     link_local || ip.is_loopback() || ip.is_multicast() || ip.is_unspecified()
 }
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,6 +24,8 @@ pub mod network;
 pub mod observed;
 pub mod ownership;
 pub mod plan;
+#[cfg(feature = "fuzzing")]
+pub mod planted;
 pub mod routes;
 pub mod service;
 pub mod source_nat;

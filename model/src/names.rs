@@ -56,6 +56,16 @@ fn is_cni_word(text: &str) -> bool {
     first && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
+/// Characters of a text that is no name that an error shows: it may be of any length.
+const MAX_SHOWN: usize = 64;
+
+fn shown(text: &str) -> String {
+    match text.char_indices().nth(MAX_SHOWN) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}…", &text[..end]),
+    }
+}
+
 /// A container ID as the runtime gives it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -79,7 +89,7 @@ impl TryFrom<String> for ContainerId {
         if is_cni_word(&text) && text.len() <= Self::MAX_LEN {
             Ok(Self(text))
         } else {
-            Err(NameError::ContainerId(text))
+            Err(NameError::ContainerId(shown(&text)))
         }
     }
 }
@@ -171,7 +181,7 @@ impl TryFrom<String> for IfName {
             || text == ".."
             || text.chars().any(forbidden)
         {
-            return Err(NameError::IfName(text));
+            return Err(NameError::IfName(shown(&text)));
         }
         Ok(Self(text))
     }
@@ -237,6 +247,16 @@ mod tests {
             "eth0/../../x",
         ] {
             assert!(IfName::try_from(bad.to_owned()).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_error_shows_the_beginning_of_what_is_no_name() {
+        let long = "ä".repeat(100_000);
+        let of_id = ContainerId::try_from(long.clone()).unwrap_err().to_string();
+        let of_name = IfName::try_from(long).unwrap_err().to_string();
+        for said in [of_id, of_name] {
+            assert!(said.contains("äää…") && said.len() < 400, "{said}");
         }
     }
 }

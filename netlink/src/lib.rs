@@ -11,6 +11,8 @@
 //! was when it was opened, and so does a [`Monitor`], which hears what changes.
 
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 pub mod generic;
 mod message;
 mod monitor;

@@ -122,7 +122,7 @@ fn failed(error: io::Error) -> Error {
 }
 
 /// Decodes the messages of a datagram. Types that are none of ours are left out.
-fn read(datagram: &[u8], news: &mut Vec<RouteNetlinkMessage>) -> Result<(), Error> {
+pub(crate) fn read(datagram: &[u8], news: &mut Vec<RouteNetlinkMessage>) -> Result<(), Error> {
     let mut rest = datagram;
     while !rest.is_empty() {
         let message = NetlinkBuffer::new_checked(rest)?;

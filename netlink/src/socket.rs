@@ -38,6 +38,9 @@ const ERROR_ATTRIBUTE_MESSAGE: u16 = 1;
 /// `NLM_F_ACK_TLVS` of `linux/netlink.h`: attributes follow the error.
 const ERROR_HAS_ATTRIBUTES: u16 = 0x200;
 
+/// `MAX_ERRNO` of `linux/err.h`.
+const MAX_ERRNO: i32 = 4095;
+
 /// Length of `struct nlmsghdr`.
 const HEADER: usize = 16;
 
@@ -485,12 +488,13 @@ pub(crate) fn size_buffers(socket: &netlink_sys::Socket, bytes: usize) {
     }
 }
 
-fn result(error: &ErrorMessage, flags: u16) -> Result<(), Error> {
+pub(crate) fn result(error: &ErrorMessage, flags: u16) -> Result<(), Error> {
     let Some(code) = error.code else {
         return Ok(());
     };
-    let Error::Refused { errno, .. } = refused(code.get()) else {
-        return Err(refused(code.get()));
+    let errno = match refused(code.get()) {
+        Error::Refused { errno, .. } => errno,
+        other => return Err(other),
     };
     let reason = (flags & ERROR_HAS_ATTRIBUTES != 0)
         .then(|| kernel_words(&error.header))
@@ -498,9 +502,13 @@ fn result(error: &ErrorMessage, flags: u16) -> Result<(), Error> {
     Err(Error::Refused { errno, reason })
 }
 
+/// The kernel's numbers are negative and at least -4095 (`MAX_ERRNO`); rustix takes no others.
 fn refused(code: i32) -> Error {
+    if !(-MAX_ERRNO..0).contains(&code) {
+        return Error::Decode(format!("{code} is no error number"));
+    }
     Error::Refused {
-        errno: Errno::from_raw_os_error(code.saturating_neg()),
+        errno: Errno::from_raw_os_error(-code),
         reason: None,
     }
 }
@@ -518,6 +526,21 @@ fn kernel_words(payload: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_number_that_none_can_be_is_no_refusal() {
+        for code in [i32::MIN, -MAX_ERRNO - 1, 1, i32::MAX] {
+            let mut error = ErrorMessage::default();
+            error.code = std::num::NonZeroI32::new(code);
+            let said = result(&error, 0).unwrap_err();
+            assert!(matches!(said, Error::Decode(_)), "{code}: {said}");
+        }
+        assert_eq!(
+            refused(-MAX_ERRNO).errno().map(Errno::raw_os_error),
+            Some(MAX_ERRNO)
+        );
+        assert_eq!(refused(-2).errno(), Some(Errno::NOENT));
+    }
 
     /// `RTM_DELADDR` of an address: of a device that does not exist for odd
     /// numbers, with nothing else said for even ones. Refused in two ways, and

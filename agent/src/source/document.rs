@@ -188,16 +188,29 @@ fn take(node: &Node, of_list: Option<Kind>, parsed: &mut Parsed) {
 
 /// Each item by itself, so that a mistake in one of them leaves the others alone.
 fn take_items(node: &Node, kind: Option<Kind>, parsed: &mut Parsed) -> Result<(), DocumentError> {
-    for (index, item) in node.items()?.iter().enumerate() {
+    let (line_of_list, items) = node.items()?;
+    for (index, item) in items.iter().enumerate() {
         let mut of_item = Parsed::default();
         take(item, kind, &mut of_item);
         parsed.objects.extend(of_item.objects);
+        #[cfg(feature = "fuzzing")]
+        for error in &of_item.errors {
+            ferrule_model::planted::bug(
+                "manifest",
+                [index > 0, error.item.starts_with("items["), error.line > 1],
+            );
+        }
         let errors = of_item.errors.into_iter();
         parsed.errors.extend(errors.map(|error| DocumentError {
             item: if error.item.is_empty() {
                 format!("items[{index}]")
             } else {
                 format!("items[{index}].{}", error.item)
+            },
+            line: if error.line == 0 {
+                line_of_list
+            } else {
+                error.line
             },
             ..error
         }));
@@ -298,7 +311,7 @@ fn named_above(document: &str, line: u64) -> Option<ObjectKey> {
     match identity(&node, None).ok()? {
         Identity::Object(key) => Some(key),
         Identity::List(kind) => {
-            let item = node.items().ok()?.last()?;
+            let item = node.items().ok()?.1.last()?;
             // A line that is indented no more than the last item begins another one.
             let first = usize::try_from(item.line).ok()?.checked_sub(1)?;
             let within = indentation(lines.get(count)?) > indentation(lines.get(first)?);

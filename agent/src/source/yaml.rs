@@ -142,15 +142,16 @@ impl Node {
     }
 
     /// The entries of the field `items` of a mapping; none where it is absent or null.
+    /// With them the line of the list, for those that have none of their own.
     ///
     /// # Errors
     /// When it is no list.
-    pub(super) fn items(&self) -> Result<&[Self], Mistake> {
+    pub(super) fn items(&self) -> Result<(u64, &[Self]), Mistake> {
         match self.field("items")? {
-            None => Ok(&[]),
+            None => Ok((self.line, &[])),
             Some(node) => match &node.value {
-                Value::Null => Ok(&[]),
-                Value::List(items) => Ok(items),
+                Value::Null => Ok((node.line, &[])),
+                Value::List(items) => Ok((node.line, items)),
                 _ => Err(Mistake {
                     line: node.line,
                     field: "items".to_owned(),

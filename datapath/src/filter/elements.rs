@@ -367,6 +367,11 @@ fn read(
                 if flags.is_none_or(|flags| u32::from_be_bytes(flags) & CATCH_ALL == 0) {
                     return Err(malformed(set));
                 }
+                #[cfg(feature = "fuzzing")]
+                ferrule_model::planted::bug(
+                    "netlink-nft",
+                    [!elements.is_empty(), strange.is_empty(), set.ends_with('6')],
+                );
                 strange.push(Strange { set, key: None });
                 continue;
             };
@@ -410,6 +415,21 @@ fn nested(attributes: &[u8], kind: u16) -> impl Iterator<Item = Result<&[u8], Er
         Ok(_) => None,
         Err(error) => Some(Err(error.into())),
     })
+}
+
+/// What is read as an element, written and read again is the same.
+#[cfg(feature = "fuzzing")]
+pub(super) fn fuzz(set: u8, answer: &RawMessage) {
+    let set = SETS[usize::from(set) % SETS.len()];
+    let (mut elements, mut strange) = (Vec::new(), Vec::new());
+    if read(set, answer, &mut elements, &mut strange).is_err() {
+        return;
+    }
+    assert!(elements.len() + strange.len() <= answer.body.len());
+    for element in elements {
+        assert_eq!(element.set(), set);
+        assert_eq!(Element::from_key(set, &element.key()), Some(element));
+    }
 }
 
 #[cfg(test)]

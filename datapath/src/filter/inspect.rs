@@ -441,6 +441,9 @@ fn terminated(name: &str) -> Vec<u8> {
     name.bytes().chain([0]).collect()
 }
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,6 +12,8 @@ mod inspect;
 mod ruleset;
 
 pub use elements::{Element, Elements, Strange};
+#[cfg(feature = "fuzzing")]
+pub use inspect::fuzz;
 pub use inspect::{TableState, counters, generation, table};
 pub(crate) use ruleset::SOURCE_NAT_CHAINS;
 pub use ruleset::{RulesetError, check, load, load_anew, remove};

@@ -9,6 +9,8 @@
 
 mod attribute;
 mod client;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 mod server;
 mod service;
 mod stats;

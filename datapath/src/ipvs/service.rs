@@ -236,6 +236,15 @@ struct Raw<'a> {
 impl Raw<'_> {
     fn service(self) -> Result<Option<Service>, Error> {
         let family = required(self.family, "SVC_AF")?;
+        #[cfg(feature = "fuzzing")]
+        ferrule_model::planted::bug(
+            "netlink-ipvs",
+            [
+                self.mark.is_some(),
+                self.address.is_some(),
+                self.engine.is_some(),
+            ],
+        );
         let key = match self.mark {
             Some(mark) => ServiceKey::Mark { family, mark },
             None => match self.address(family)? {

@@ -323,6 +323,14 @@ fn a_line_of_a_list_is_that_of_the_field() {
 }
 
 #[test]
+fn an_item_that_is_no_mapping_is_found_by_the_line_of_its_list() {
+    let list = "apiVersion: v1\nkind: List\n\nitems:\n- text\n- []\n";
+    let of_list = parse(list).errors;
+    assert_eq!(of_list.iter().map(|e| e.line).collect::<Vec<_>>(), [4, 4]);
+    assert_eq!(of_list[1].item, "items[1]");
+}
+
+#[test]
 fn items_have_their_kind_from_a_list_of_one_kind() {
     for (api_version, kind) in [
         ("v1", "ServiceList"),

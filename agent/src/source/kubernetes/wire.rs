@@ -166,6 +166,15 @@ pub(crate) fn page(kind: Kind, body: &[u8]) -> Result<Page, String> {
     if resource_version.is_empty() && next.is_none() {
         return Err("metadata.resourceVersion: is missing in a list".to_owned());
     }
+    #[cfg(feature = "fuzzing")]
+    ferrule_model::planted::bug(
+        "list-page",
+        [
+            next.is_some(),
+            list.items.is_none(),
+            resource_version.is_empty(),
+        ],
+    );
     let items = list.items.unwrap_or_default();
     let items = items.into_iter().map(|raw| item(kind, raw));
     Ok(Page {
@@ -188,6 +197,15 @@ pub(crate) fn frame(kind: Kind, line: &[u8]) -> Result<Frame, String> {
             let body: BookmarkBody = json(event.object.get().as_bytes())?;
             let annotations = body.metadata.annotations.unwrap_or_default();
             let end = annotations.get(INITIAL_EVENTS_END);
+            #[cfg(feature = "fuzzing")]
+            ferrule_model::planted::bug(
+                "watch-frame",
+                [
+                    end.is_some(),
+                    annotations.len() > 1,
+                    body.metadata.resource_version.len() > 4,
+                ],
+            );
             Ok(Frame::Bookmark {
                 resource_version: body.metadata.resource_version,
                 initial_end: end.is_some_and(|value| value == "true"),
