@@ -119,7 +119,10 @@ pub(crate) enum LeaseError {
         fault: redb::Error,
     },
     /// What stands in the file is no lease.
-    #[error("lease file {path}: entry {entry:?} is damaged: {fault}")]
+    #[error(
+        "lease file {path} is damaged (entry {entry:?}: {fault}) and was left as it is; drain the \
+         node, move the file aside and start the agent again"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,

@@ -280,11 +280,11 @@ fn call_error(error: &LeaseError) -> CallError {
         ),
         LeaseError::PortTaken(_) => (ErrorCode::PortTaken, ""),
         LeaseError::OtherPorts(_) => (ErrorCode::BadRequest, ""),
-        LeaseError::Store { .. } | LeaseError::Damaged { .. } => {
-            (ErrorCode::Internal, "; is the disk full or read-only?")
-        }
+        LeaseError::Store { .. } => (ErrorCode::Internal, "; is the disk full or read-only?"),
         // They have their remedy.
-        LeaseError::File(_) | LeaseError::Lock(_) => (ErrorCode::Internal, ""),
+        LeaseError::File(_) | LeaseError::Lock(_) | LeaseError::Damaged { .. } => {
+            (ErrorCode::Internal, "")
+        }
     };
     CallError {
         code,
