@@ -358,8 +358,12 @@ impl HostPorts {
 
     /// The frontend with this key.
     pub(crate) fn frontend(&self, addr: &FrontendAddr) -> Option<&Frontend> {
-        let holder = self.claims.get(addr)?.first()?;
-        self.pods.get(holder)?.1.get(addr)
+        self.pods.get(self.holder(addr)?)?.1.get(addr)
+    }
+
+    /// Who has this key.
+    pub(crate) fn holder(&self, addr: &FrontendAddr) -> Option<&Attachment> {
+        self.claims.get(addr)?.first()
     }
 
     /// Every key, in order.
@@ -428,10 +432,10 @@ impl Desired {
         self.host_ports.keys_of(attachment)
     }
 
-    /// Whether a pod's host port holds this key.
+    /// Whose host port this key is, if it is one.
     #[must_use]
-    pub fn is_host_port(&self, addr: &FrontendAddr) -> bool {
-        self.host_ports.frontend(addr).is_some()
+    pub fn host_port_holder(&self, addr: &FrontendAddr) -> Option<&Attachment> {
+        self.host_ports.holder(addr)
     }
 
     /// Every host port, in the order of addresses.

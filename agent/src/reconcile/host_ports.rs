@@ -125,7 +125,8 @@ impl Reconciler {
             if let Some(words) = self.faults.words(About::Frontend(addr)) {
                 return Some(Err(PortsFault::Kernel(words)));
             }
-            served &= self.is_served(&addr);
+            let is_its = desired.host_port_holder(&addr) == Some(attachment);
+            served &= is_its && self.is_served(&addr);
         }
         if served {
             return Some(Ok(()));
@@ -148,7 +149,7 @@ impl Reconciler {
     /// removes is not wanted: the leases say all about host ports.
     pub(super) fn is_certain(&self, change: &Change) -> bool {
         change.frontend().is_some_and(|addr| {
-            self.freed.contains(&addr) || self.view.desired().is_host_port(&addr)
+            self.freed.contains(&addr) || self.view.desired().host_port_holder(&addr).is_some()
         })
     }
 }

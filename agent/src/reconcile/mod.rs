@@ -154,7 +154,15 @@ impl Reconciler {
                         self.take(update);
                     }
                 }
-                Some(query) = queries.recv() => self.answer(query).await,
+                Some(query) = queries.recv() => {
+                    self.answer(query).await;
+                    // Pods that are added at the same time get their host ports in one pass.
+                    for _ in 0..queries.len() {
+                        if let Ok(query) = queries.try_recv() {
+                            self.answer(query).await;
+                        }
+                    }
+                }
                 () = self.network.news(&mut self.faults) => {}
                 () = host_ports.notified() => {}
                 () = sleep_until(wake.into()) => {}

@@ -31,6 +31,9 @@ use crate::source::{Report, Trouble};
 /// How long an answer may take before an older one is given.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long host ports may take into the kernel; the plugin waits twice as long.
+const HOST_PORTS: Duration = Duration::from_secs(10);
+
 /// How long statistics of virtual services serve for the further parts of a listing.
 const FRESH: Duration = Duration::from_secs(10);
 
@@ -109,16 +112,25 @@ impl Asker {
         &self,
         attachment: Attachment,
     ) -> Option<Result<(), host_ports::PortsFault>> {
-        self.ask(|reply| Query::HostPorts(attachment, reply)).await
+        let query = |reply| Query::HostPorts(attachment, reply);
+        self.ask_within(HOST_PORTS, query).await
     }
 
     async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Option<T> {
+        self.ask_within(PATIENCE, query).await
+    }
+
+    async fn ask_within<T>(
+        &self,
+        patience: Duration,
+        query: impl FnOnce(oneshot::Sender<T>) -> Query,
+    ) -> Option<T> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             self.queries.send(query(reply)).await.ok()?;
             answer.await.ok()
         };
-        timeout(PATIENCE, exchange).await.ok().flatten()
+        timeout(patience, exchange).await.ok().flatten()
     }
 }
 

@@ -291,6 +291,12 @@ impl Scene {
             ],
         )?;
         node.start()?;
+        // The first start loads modules; an ADD that is called once must not meet that.
+        wait::until_ok("an agent that has the kernel", wait::SETTLED, || {
+            node.check_alive()?;
+            ensure!(node.log()?.contains("the kernel's state was adopted"));
+            Ok(())
+        })?;
         Ok(Self {
             own: [ips(UPLINK)?, ips(SECOND)?].concat(),
             outside,
