@@ -25,6 +25,9 @@ const AGENT: Duration = Duration::from_mins(1);
 /// The pod ranges of a node unless a test wants others.
 pub const POD_RANGES: [&str; 2] = ["10.244.1.0/24", "fd00:10:244:1::/64"];
 
+/// The address of the Service `kubernetes` in a pod's environment.
+pub const KUBERNETES: &str = "10.96.0.1";
+
 /// The Node object of a node with these pod ranges and addresses, as YAML.
 /// An address is its type and itself, such as `("InternalIP", "192.0.2.1")`.
 #[must_use]
@@ -99,7 +102,14 @@ impl Node {
             .open(self.log_file())?;
         let mut command = Command::new(&self.program);
         command.arg("run");
-        if self.kubeconfig().exists() {
+        if self.service_account().exists() {
+            command
+                .arg("--in-cluster")
+                .arg("--service-account-dir")
+                .arg(self.service_account())
+                .env("KUBERNETES_SERVICE_HOST", KUBERNETES)
+                .env("KUBERNETES_SERVICE_PORT", "443");
+        } else if self.kubeconfig().exists() {
             command.arg("--kubeconfig").arg(self.kubeconfig());
         } else {
             command.arg("--manifests").arg(self.manifests());
@@ -180,7 +190,33 @@ impl Node {
     /// # Errors
     /// When the disk refuses.
     pub fn follow_api(&self) -> anyhow::Result<()> {
-        Ok(fs::write(self.kubeconfig(), Api::kubeconfig())?)
+        self.follow(&Api::kubeconfig(), "")
+    }
+
+    /// Likewise with another kubeconfig, and `ca.crt` beside it.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn follow(&self, kubeconfig: &str, authority: &str) -> anyhow::Result<()> {
+        fs::write(self.folder.join("ca.crt"), authority)?;
+        Ok(fs::write(self.kubeconfig(), kubeconfig)?)
+    }
+
+    /// From its next start on the agent is a pod of the cluster with a service
+    /// account, in whose environment the API is at [`KUBERNETES`].
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn follow_as_pod(&self, authority: &str, token: &str) -> anyhow::Result<()> {
+        fs::create_dir_all(self.service_account())?;
+        fs::write(self.service_account().join("ca.crt"), authority)?;
+        Ok(fs::write(self.service_account().join("token"), token)?)
+    }
+
+    /// The folder of the service account.
+    #[must_use]
+    pub fn service_account(&self) -> PathBuf {
+        self.folder.join("serviceaccount")
     }
 
     fn kubeconfig(&self) -> PathBuf {

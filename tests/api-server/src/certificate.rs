@@ -1,5 +1,7 @@
 //! Certificates of a test's own making.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::sync::Arc;
 
 use rcgen::{
@@ -56,6 +58,36 @@ impl Authority {
     #[must_use]
     pub fn certificate(&self) -> String {
         self.0.pem()
+    }
+
+    /// Says something over TLS to a server that it signed a certificate for, as
+    /// `name`, and returns what comes until the other end closes.
+    ///
+    /// # Errors
+    /// When the server is not believed, or silent for longer than the stream's limit.
+    pub fn converse(
+        &self,
+        mut stream: TcpStream,
+        name: &str,
+        words: &str,
+    ) -> anyhow::Result<String> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.0.der().clone())?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = name.to_owned().try_into()?;
+        let mut connection = rustls::ClientConnection::new(Arc::new(config), name)?;
+        let mut stream = rustls::Stream::new(&mut connection, &mut stream);
+        stream.write_all(words.as_bytes())?;
+        let mut answer = String::new();
+        match stream.read_to_string(&mut answer) {
+            // A server that closes without a word of TLS has said all the same.
+            Err(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => Err(error.into()),
+            Ok(_) | Err(_) => Ok(answer),
+        }
     }
 
     /// A certificate for these names and addresses.

@@ -54,6 +54,7 @@ pub struct ApiServer {
     token: Mutex<Option<String>>,
     requests: AtomicU64,
     lists: AtomicU64,
+    faults_made: AtomicU64,
     largest_page: AtomicUsize,
     /// How often all watches were ended.
     watches: news::Sender<u64>,
@@ -71,6 +72,7 @@ impl ApiServer {
             token: Mutex::default(),
             requests: AtomicU64::default(),
             lists: AtomicU64::default(),
+            faults_made: AtomicU64::default(),
             largest_page: AtomicUsize::default(),
             watches: news::Sender::new(0),
         })
@@ -137,6 +139,11 @@ impl ApiServer {
         self.requests.load(Ordering::Relaxed)
     }
 
+    /// How many requests were meant to go wrong.
+    pub fn faults_made(&self) -> u64 {
+        self.faults_made.load(Ordering::Relaxed)
+    }
+
     /// How many lists were begun and granted, streaming ones among them.
     pub fn lists(&self) -> u64 {
         self.lists.load(Ordering::Relaxed)
@@ -154,6 +161,8 @@ impl ApiServer {
             let mut faults = lock(&self.faults);
             (faults.next(), faults.patience)
         };
+        self.faults_made
+            .fetch_add(u64::from(fault.is_some()), Ordering::Relaxed);
         let hang = async {
             match patience {
                 Some(patience) => tokio::time::sleep(patience).await,

@@ -41,6 +41,7 @@ pub fn all() -> Vec<Test> {
         pods_and_socket(),
         within_a_node(),
         starts(),
+        through_an_api(),
         beyond_a_node(),
         with_a_runtime(),
         by_the_counting_clock(),
@@ -204,6 +205,33 @@ fn starts() -> Vec<Test> {
             Group::Ipvs,
             5,
             start::what_the_kernel_lacks_is_told,
+        ),
+    ]
+}
+
+fn through_an_api() -> Vec<Test> {
+    let ipvs = |name, minutes, run| test(name, Group::Ipvs, minutes, run);
+    vec![
+        test(
+            "source/a-large-cluster",
+            Group::Native,
+            source::large::minutes(),
+            source::large::a_large_cluster,
+        ),
+        ipvs(
+            "source/every-scenario-through-both",
+            20,
+            source::scenarios::every_scenario_through_both,
+        ),
+        ipvs(
+            "source/starts-without-cluster-addresses",
+            10,
+            source::bootstrap::starts_without_cluster_addresses,
+        ),
+        ipvs(
+            "source/outlives-a-misbehaving-api",
+            source::misbehaving::minutes(),
+            source::misbehaving::outlives_a_misbehaving_api,
         ),
     ]
 }

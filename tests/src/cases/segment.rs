@@ -144,7 +144,7 @@ pub(super) fn to(range: &str, by: IpAddr) -> String {
     format!("route add {range} via {by}")
 }
 
-fn plug(switch: &Netns, host: &Netns, number: u8) -> anyhow::Result<()> {
+pub(super) fn plug(switch: &Netns, host: &Netns, number: u8) -> anyhow::Result<()> {
     let [v4, v6] = ips(number);
     let (v4, v6) = (format!("{v4}/24"), format!("{v6}/64"));
     let port = format!("port{number}");

@@ -1,5 +1,10 @@
 //! Facts from a Kubernetes API instead of manifests.
 
+pub(super) mod bootstrap;
+pub(super) mod large;
+pub(super) mod misbehaving;
+pub(super) mod scenarios;
+
 use std::fs;
 use std::sync::Arc;
 

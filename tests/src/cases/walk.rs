@@ -1,8 +1,8 @@
 //! A long random walk: manifests change and change again, and after each batch
 //! the kernel holds what `ferrule-agent plan` says of the same folder.
 
-mod objects;
-mod tables;
+pub(super) mod objects;
+pub(super) mod tables;
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -64,7 +64,7 @@ pub(super) fn kernel_equals_plan(context: &mut Context) -> anyhow::Result<()> {
     walk(context, seed, usize::try_from(changes)?).with_context(|| format!("{SEED}={seed}"))
 }
 
-fn say(words: &str) -> anyhow::Result<()> {
+pub(super) fn say(words: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     writeln!(out, "     {words}")?;
     Ok(out.flush()?)

@@ -131,12 +131,7 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
                 .to_owned(),
         ));
     }
-    let mut clusters = kubeconfig.clusters.iter();
-    let has_proxy = clusters.any(|named| {
-        let cluster = named.cluster.as_ref();
-        cluster.is_some_and(|cluster| cluster.proxy_url.is_some())
-    });
-    if has_proxy {
+    if has_proxy(&kubeconfig) {
         return Err(wrong(
             "it has a proxy-url, and the agent asks API servers directly; remove it".to_owned(),
         ));
@@ -155,6 +150,17 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
     // The environment's proxy is meant for others.
     config.proxy_url = None;
     Ok(config)
+}
+
+/// Whether the cluster of the current context is behind a proxy.
+fn has_proxy(kubeconfig: &Kubeconfig) -> bool {
+    let mut contexts = kubeconfig.contexts.iter();
+    let context = contexts.find(|named| Some(&named.name) == kubeconfig.current_context.as_ref());
+    let name = context.and_then(|named| Some(&named.context.as_ref()?.cluster));
+    let mut clusters = kubeconfig.clusters.iter();
+    let cluster = clusters.find(|named| Some(&named.name) == name);
+    let cluster = cluster.and_then(|named| named.cluster.as_ref());
+    cluster.is_some_and(|cluster| cluster.proxy_url.is_some())
 }
 
 /// A token as it stands in a file, where an editor may have added the end of a line.

@@ -53,7 +53,12 @@ impl Failure {
     }
 
     /// One of a request that got no answer from the server at `address`.
-    pub(crate) fn of_request(address: &str, error: &(dyn Error + 'static)) -> Self {
+    pub(crate) fn of_request(address: &str, error: &kube_client::Error) -> Self {
+        // That it comes from a layer below is no news for anybody.
+        let error: &(dyn Error + 'static) = match error {
+            kube_client::Error::Service(inner) => inner.as_ref(),
+            other => other,
+        };
         let Some(error) = tls_error(error) else {
             let words = format!("{address}: {}", chain(error));
             return Self::new(Cause::Unreachable, words);

@@ -79,7 +79,9 @@ impl Origin {
         let config = self.credentials.read(!self.addresses.is_empty()).await?;
         let mut clients = Vec::new();
         if self.addresses.is_empty() {
-            clients.push((config.cluster_url.to_string(), client(&config)?));
+            let address = config.cluster_url.to_string();
+            let address = address.trim_end_matches('/').to_owned();
+            clients.push((address, client(&config)?));
         }
         let name = config.tls_server_name.clone().or_else(|| {
             let host = config.cluster_url.host()?;

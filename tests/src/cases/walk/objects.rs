@@ -42,7 +42,7 @@ enum Key {
 
 /// The objects that there are, each with the file it is in.
 #[derive(Debug)]
-pub(super) struct Cluster {
+pub(in crate::cases) struct Cluster {
     objects: BTreeMap<Key, (usize, Value)>,
     /// The number of the last batch, which the markers show.
     batch: u16,
@@ -58,7 +58,7 @@ pub(super) struct Counts {
 
 impl Cluster {
     /// Nothing but the node.
-    pub(super) fn new() -> Self {
+    pub(in crate::cases) fn new() -> Self {
         let node = (0, node(0, &mut Random::new(0)));
         Self {
             objects: BTreeMap::from([(Key::Node(0), node)]),
@@ -68,7 +68,7 @@ impl Cluster {
 
     /// Changes so many objects at the most, each once: they come, go, say
     /// something else or move to another file. Returns how many it were.
-    pub(super) fn change(&mut self, wanted: usize, random: &mut Random) -> usize {
+    pub(in crate::cases) fn change(&mut self, wanted: usize, random: &mut Random) -> usize {
         let mut keys = keys();
         let mut changed = BTreeSet::new();
         while changed.len() < wanted && !keys.is_empty() {
@@ -101,7 +101,7 @@ impl Cluster {
     }
 
     /// Every object that there can be, as one seed wants them.
-    pub(super) fn fill(&mut self, seed: u64) -> usize {
+    pub(in crate::cases) fn fill(&mut self, seed: u64) -> usize {
         let mut random = Random::new(seed);
         for key in keys() {
             let object = object(key, &mut random);
@@ -131,12 +131,24 @@ impl Cluster {
     /// before: a Service that [`Self::marks`] shows in the kernel.
     pub(super) fn files(&mut self) -> Vec<String> {
         self.batch += 1;
-        let mut files: Vec<String> = (0..FILES).map(|file| self.marker(file)).collect();
+        let marker = |file| {
+            let [service, slice] = self.marker(file);
+            format!("{service}\n---\n{slice}\n")
+        };
+        let mut files: Vec<String> = (0..FILES).map(marker).collect();
         for (file, object) in self.objects.values() {
             // Writing to a String cannot fail. JSON is YAML.
             let _ = write!(files[*file], "---\n{object}\n");
         }
         files
+    }
+
+    /// The objects as they are now, markers among them, whatever file they are in.
+    pub(in crate::cases) fn values(&mut self) -> Vec<Value> {
+        self.batch += 1;
+        let markers = (0..FILES).flat_map(|file| self.marker(file));
+        let objects = self.objects.values().map(|(_, object)| object.clone());
+        markers.chain(objects).collect()
     }
 
     /// The Node objects.
@@ -155,7 +167,7 @@ impl Cluster {
         10_000 + self.batch % 20_000
     }
 
-    fn marker(&self, file: usize) -> String {
+    fn marker(&self, file: usize) -> [Value; 2] {
         let name = format!("marker-{file}");
         let service = json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
@@ -167,7 +179,7 @@ impl Cluster {
             "addressType": "IPv4", "ports": [{"port": 8080}],
             "endpoints": [{"addresses": ["10.244.200.1"]}],
         });
-        format!("{service}\n---\n{slice}\n")
+        [service, slice]
     }
 }
 

@@ -11,7 +11,7 @@ use crate::dump;
 use crate::netns::Netns;
 
 /// A line for each virtual service, real server, address and element of a set.
-pub(super) type Tables = BTreeSet<String>;
+pub(in crate::cases) type Tables = BTreeSet<String>;
 
 /// Sets of the filter that belong to Services.
 const SETS: [&str; 4] = ["vips", "frontends", "external", "hairpins"];
@@ -20,7 +20,7 @@ const SETS: [&str; 4] = ["vips", "frontends", "external", "hairpins"];
 ///
 /// # Errors
 /// When one of them fails.
-pub(super) fn of_kernel(node: &Netns) -> anyhow::Result<Tables> {
+pub(in crate::cases) fn of_kernel(node: &Netns) -> anyhow::Result<Tables> {
     let mut tables = Tables::new();
     let mut service = String::new();
     for line in dump::ipvs(node)?.lines() {
@@ -72,7 +72,7 @@ fn plain(value: &Value) -> String {
 ///
 /// # Errors
 /// When the plan is not of the form that is documented.
-pub(super) fn of_plan(plan: &str, nodes: &[Value]) -> anyhow::Result<Tables> {
+pub(in crate::cases) fn of_plan(plan: &str, nodes: &[Value]) -> anyhow::Result<Tables> {
     let plan: Value = serde_json::from_str(plan)?;
     let name = plan["node"].as_str().context("node")?;
     let own_pods = nodes
@@ -161,7 +161,7 @@ pub(super) fn routes(nodes: &[Value], own: &str) -> Tables {
 }
 
 /// What only one of two has, with `-` for the first and `+` for the second.
-pub(super) fn difference(wanted: &Tables, found: &Tables) -> Vec<String> {
+pub(in crate::cases) fn difference(wanted: &Tables, found: &Tables) -> Vec<String> {
     let mut lines: BTreeMap<&str, char> = BTreeMap::new();
     lines.extend(wanted.difference(found).map(|line| (line.as_str(), '-')));
     lines.extend(found.difference(wanted).map(|line| (line.as_str(), '+')));

@@ -122,7 +122,7 @@ async fn whom_to_trust_is_said_in_every_usual_way() {
     let authority = Authority::new("test").unwrap();
     let identity = authority
         .signs(
-            &[NAME, "kubernetes.default.svc", "127.0.0.1"],
+            &[NAME, "kubernetes.default.svc", "127.0.0.1", "fd00::1"],
             Validity::Now,
         )
         .unwrap();
@@ -151,6 +151,8 @@ async fn whom_to_trust_is_said_in_every_usual_way() {
     // Or for the name that it gives beside the address; an IPv6 one here.
     let other = format!("{file}, tls-server-name: {NAME}");
     let credentials = kubeconfig(folder, "https://[::1]:6443", &other, "tokenFile: token.txt");
+    followed(&server, &credentials, &[open.url()]).await;
+    let credentials = kubeconfig(folder, "https://[fd00::1]:6443", file, "token: secret");
     followed(&server, &credentials, &[open.url()]).await;
     // A service account.
     let account = service_account(folder, &authority, "secret");
@@ -273,6 +275,7 @@ async fn without_servers_it_is_said_that_they_are_needed() {
     });
     let failure = asked(&account, &[]).await;
     assert!(failure.remedy.contains("apiServer"), "{failure:?}");
+    assert!(failure.words.contains(": client error"), "{failure:?}");
     let failure = asked(&account, &[nobody().await]).await;
     assert!(!failure.remedy.contains("apiServer"), "{failure:?}");
 }
