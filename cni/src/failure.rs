@@ -10,6 +10,9 @@ use serde_json::{Value, json};
 
 use crate::version::SpecVersion;
 
+/// Longest message, in bytes: runtimes write it into logs and events.
+const MAX_MESSAGE: usize = 1024;
+
 /// Error codes: those of the specification, and from 100 ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -54,9 +57,15 @@ pub(crate) struct Failure {
 impl Failure {
     /// A failure without details.
     pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
+        let mut message = message.into();
+        // It may quote what came in, which may be a megabyte of configuration.
+        if message.len() > MAX_MESSAGE {
+            message.truncate(message.floor_char_boundary(MAX_MESSAGE));
+            message.push('…');
+        }
         Self {
             code,
-            message: message.into(),
+            message,
             details: Vec::new(),
         }
     }
@@ -87,5 +96,18 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_that_quotes_its_input_has_an_end() {
+        let failure = Failure::new(Code::Decode, "ä".repeat(1_000_000));
+        let reply = failure.reply(SpecVersion::NEWEST);
+        let message = reply["msg"].as_str().unwrap();
+        assert!(message.ends_with("ä…") && message.len() <= MAX_MESSAGE + 3);
     }
 }

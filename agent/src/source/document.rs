@@ -197,7 +197,7 @@ fn take_items(node: &Node, kind: Option<Kind>, parsed: &mut Parsed) -> Result<()
         for error in &of_item.errors {
             ferrule_model::planted::bug(
                 "manifest",
-                [index > 0, error.item.starts_with("items["), error.line > 1],
+                [index > 0, !error.field.is_empty(), error.line > 6],
             );
         }
         let errors = of_item.errors.into_iter();

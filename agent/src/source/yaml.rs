@@ -35,6 +35,10 @@ pub(super) const STACK: usize = 16 * 1024 * 1024;
 /// Characters of a wrong text that are shown.
 const MAX_SHOWN: usize = 60;
 
+/// What is wrong with a field.
+const TWICE: &str = "stands twice; remove one of the two";
+const NAMELESS: &str = "a field has no name; write one before the colon";
+
 /// A value and the line it begins in. A list's entries that are no mappings have
 /// none of their own (0): that of the list has to do. To ask the parser for each
 /// would take twice the stack, which bounds how deep a document may be.
@@ -166,8 +170,12 @@ impl Node {
     /// # Errors
     /// When it is none, or a field stands twice in it, known to `T` or not.
     pub(super) fn convert<T: DeserializeOwned>(&self) -> Result<T, Mistake> {
-        if let Some(mistake) = self.wrong_key("") {
-            return Err(mistake);
+        if let Some((line, path, message)) = self.wrong_key() {
+            return Err(Mistake {
+                line,
+                field: written(&path),
+                message: message.to_owned(),
+            });
         }
         serde_path_to_error::deserialize(self).map_err(|error| {
             let path = error.path().to_string();
@@ -181,8 +189,11 @@ impl Node {
         })
     }
 
-    /// The first field that stands twice or has no name, in this node or below it.
-    fn wrong_key(&self, path: &str) -> Option<Mistake> {
+    /// The first field that stands twice or has no name, in this node or below it:
+    /// its line, the way to it from the inside out, what is wrong. A path is put
+    /// together once there is a mistake: with a long name above many fields, a
+    /// path for each would take minutes.
+    fn wrong_key(&self) -> Option<(u64, Vec<Step<'_>>, &'static str)> {
         match &self.value {
             Value::Null
             | Value::Bool(_)
@@ -190,30 +201,24 @@ impl Node {
             | Value::Signed(_)
             | Value::Float(_)
             | Value::Text(_) => None,
-            Value::List(nodes) => nodes
-                .iter()
-                .enumerate()
-                .find_map(|(index, node)| node.wrong_key(&format!("{path}[{index}]"))),
+            Value::List(nodes) => nodes.iter().enumerate().find_map(|(index, node)| {
+                let (line, mut path, message) = node.wrong_key()?;
+                path.push(Step::Item(index));
+                Some((line, path, message))
+            }),
             Value::Map(entries) => {
                 let mut known = BTreeSet::new();
                 entries.iter().find_map(|entry| {
                     let Some(key) = &entry.key else {
-                        return Some(Mistake {
-                            line: entry.line,
-                            field: path.to_owned(),
-                            message: "a field has no name; write one before the colon".to_owned(),
-                        });
+                        return Some((entry.line, Vec::new(), NAMELESS));
                     };
-                    let path = if path.is_empty() {
-                        key.clone()
+                    let (line, mut path, message) = if known.insert(key) {
+                        entry.node.wrong_key()?
                     } else {
-                        format!("{path}.{key}")
+                        (entry.line, Vec::new(), TWICE)
                     };
-                    if known.insert(key) {
-                        entry.node.wrong_key(&path)
-                    } else {
-                        Some(twice(path, entry))
-                    }
+                    path.push(Step::Field(key));
+                    Some((line, path, message))
                 })
             }
         }
@@ -249,11 +254,34 @@ impl Node {
     }
 }
 
+/// One step into a value.
+enum Step<'a> {
+    Item(usize),
+    Field(&'a str),
+}
+
+/// The way as people write it.
+fn written(inside_out: &[Step<'_>]) -> String {
+    let mut path = String::new();
+    for step in inside_out.iter().rev() {
+        match step {
+            Step::Item(index) => path.extend(["[", &index.to_string(), "]"]),
+            Step::Field(name) => {
+                if !path.is_empty() {
+                    path.push('.');
+                }
+                path.push_str(name);
+            }
+        }
+    }
+    path
+}
+
 fn twice(field: String, again: &Entry) -> Mistake {
     Mistake {
         line: again.line,
         field,
-        message: "stands twice; remove one of the two".to_owned(),
+        message: TWICE.to_owned(),
     }
 }
 

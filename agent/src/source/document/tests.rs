@@ -331,6 +331,20 @@ fn an_item_that_is_no_mapping_is_found_by_the_line_of_its_list() {
 }
 
 #[test]
+fn a_long_name_above_many_fields_takes_no_longer_than_they_are() {
+    let name = "n".repeat(400_000);
+    let fields: String = (0..40_000).map(|n| format!("f{n}: 1, ")).collect();
+    let document =
+        format!("apiVersion: v1\nkind: Node\nmetadata: {{name: a}}\n? {name}\n: {{{fields}}}\n");
+    // Twenty times what the slowest machine takes; a path for each field is 16 GB of text.
+    let start = std::time::Instant::now();
+    let parsed = parse(&document);
+    assert_eq!(parsed.errors, []);
+    let taken = start.elapsed();
+    assert!(taken < std::time::Duration::from_secs(20), "{taken:?}");
+}
+
+#[test]
 fn items_have_their_kind_from_a_list_of_one_kind() {
     for (api_version, kind) in [
         ("v1", "ServiceList"),

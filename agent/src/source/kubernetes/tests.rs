@@ -344,3 +344,15 @@ async fn a_server_that_misbehaves_is_outlived() {
         assert_eq!(listener.report, Report::default(), "seed {seed}");
     }
 }
+
+#[test]
+fn a_bookmark_without_its_version_is_no_bookmark() {
+    let frame = |version: &str| {
+        let event =
+            json!({"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": version}}});
+        wire::frame(Kind::Service, event.to_string().as_bytes())
+    };
+    assert!(frame("12").is_ok());
+    let words = frame("").unwrap_err();
+    assert!(words.contains("metadata.resourceVersion"), "{words}");
+}

@@ -203,9 +203,12 @@ pub(crate) fn frame(kind: Kind, line: &[u8]) -> Result<Frame, String> {
                 [
                     end.is_some(),
                     annotations.len() > 1,
-                    body.metadata.resource_version.len() > 4,
+                    body.metadata.resource_version.is_empty(),
                 ],
             );
+            if body.metadata.resource_version.is_empty() {
+                return Err("metadata.resourceVersion: is empty in a bookmark".to_owned());
+            }
             Ok(Frame::Bookmark {
                 resource_version: body.metadata.resource_version,
                 initial_end: end.is_some_and(|value| value == "true"),
