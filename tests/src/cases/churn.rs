@@ -333,3 +333,68 @@ pub(super) fn lost_leases_are_adopted(context: &mut Context) -> anyhow::Result<(
     nothing_left(&node)?;
     fill(context, &node, 5)
 }
+
+/// What nobody calls for is put right by the agent itself, once no ADD can be
+/// under way any more; a pod that lives is not touched. (Minutes pass, so the
+/// clock must be one that skips idle time.)
+pub(super) fn what_is_left_behind_is_put_right(context: &mut Context) -> anyhow::Result<()> {
+    const STEP: Duration = Duration::from_secs(10);
+    const STEPS: usize = 60;
+    let node = Node::create(context, "node-a")?;
+    node.start()?;
+    let live = Pod::added(context, &node, "live")?;
+    let cut_off = Pod::added(context, &node, "cut-off")?;
+    for ip in cut_off.ips() {
+        let family = if ip.is_ipv6() { "-6" } else { "-4" };
+        node.netns()
+            .output("ip", &[family, "route", "del", &ip.to_string()])?;
+    }
+    let half = Pod::create(context, "half")?;
+    let killed = half.call(&node, "ADD", &[("FERRULE_FAULT_STEP", "link-made")])?;
+    ensure!(killed.was_killed(), "{killed:?}");
+    // Its namespace goes with it, and the veth; the shaper stays.
+    let mut gone = Pod::create(context, "gone")?;
+    let limits =
+        json!({"runtimeConfig": {"bandwidth": {"egressRate": 8_000_000, "egressBurst": 800_000}}});
+    let reply = gone.call_with(&node, "ADD", &limits)?;
+    gone.take_result(reply)?;
+    drop(gone);
+    ensure!(leases(&node)?.len() == 4);
+    ensure!(shapers(&node)?.len() == 1, "{:?}", shapers(&node)?);
+    let right = || -> anyhow::Result<()> {
+        only_these_are_left(&node, &[&live, &cut_off])?;
+        ensure!(shapers(&node)?.is_empty(), "{:?}", shapers(&node)?);
+        for ip in cut_off.ips() {
+            let family = if ip.is_ipv6() { "-6" } else { "-4" };
+            let to = ["route", "show", "proto", "101"];
+            let routes = node.netns().output("ip", &[&[family][..], &to].concat())?;
+            ensure!(
+                routes.contains(&ip.to_string()),
+                "no route to {ip} in {routes}"
+            );
+        }
+        Ok(())
+    };
+    // At once nothing may be taken but the shaper: an ADD could be at work.
+    ensure!(leases(&node)?.len() == 4, "{:?}", leases(&node)?);
+    let mut last = right();
+    for _ in 0..STEPS {
+        if last.is_ok() {
+            break;
+        }
+        thread::sleep(STEP);
+        last = right();
+    }
+    last?;
+    ensure!(live.netns().links()?.contains(&"eth0".to_owned()));
+    live.del(&node)?;
+    cut_off.del(&node)?;
+    nothing_left(&node)
+}
+
+/// Devices that shape what comes from pods.
+fn shapers(node: &Node) -> anyhow::Result<Vec<String>> {
+    let mut links = node.netns().links()?;
+    links.retain(|link| link.starts_with("feb"));
+    Ok(links)
+}

@@ -340,11 +340,18 @@ fn with_a_runtime() -> Vec<Test> {
 
 fn by_the_counting_clock() -> Vec<Test> {
     let counted = |name, minutes, run| test(name, Group::Counted, minutes, run);
-    vec![counted(
-        "bandwidth/shaped-both-ways",
-        10,
-        bandwidth::shaped_both_ways,
-    )]
+    vec![
+        counted(
+            "bandwidth/shaped-both-ways",
+            10,
+            bandwidth::shaped_both_ways,
+        ),
+        counted(
+            "pods/what-is-left-behind-is-put-right",
+            20,
+            churn::what_is_left_behind_is_put_right,
+        ),
+    ]
 }
 
 fn test(
