@@ -196,6 +196,7 @@ async fn order(message: RawMessage, flags: u16) -> Result<(), Error> {
 
 /// What is made of an answer of the kernel, for the fuzz targets.
 #[cfg(feature = "fuzzing")]
+#[allow(dead_code, reason = "its caller is in another workspace")]
 pub(crate) fn read_any(answer: &RawMessage) {
     let _device = read(answer);
     let _route = way_to_pod(answer);
