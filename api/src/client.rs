@@ -211,9 +211,9 @@ fn parse(line: &[u8]) -> Result<Answer, ClientError> {
         ferrule_model::planted::bug(
             "socket-reply",
             [
+                allocation.mtu < 1400,
                 allocation.mtu < 1000,
                 allocation.mtu < 100,
-                allocation.mtu < 10,
             ],
         );
     }

@@ -31,7 +31,7 @@ pub(crate) fn parse(line: &[u8]) -> Result<Request, CallError> {
         let name = attachment.interface.as_str();
         ferrule_model::planted::bug(
             "socket-request",
-            [name.len() > 6, name.len() > 10, name.len() > 13],
+            [name.len() > 5, name.len() > 7, name.len() > 9],
         );
     }
     Ok(request)

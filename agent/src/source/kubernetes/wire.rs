@@ -202,8 +202,8 @@ pub(crate) fn frame(kind: Kind, line: &[u8]) -> Result<Frame, String> {
                 "watch-frame",
                 [
                     end.is_some(),
-                    annotations.len() > 1,
-                    body.metadata.resource_version.is_empty(),
+                    body.metadata.resource_version.len() > 4,
+                    body.metadata.resource_version.len() > 7,
                 ],
             );
             if body.metadata.resource_version.is_empty() {
