@@ -41,6 +41,9 @@ impl Desk {
     /// Answers one call.
     pub(crate) async fn call(&self, call: Call) -> Answer {
         self.calls.fetch_add(1, Ordering::Relaxed);
+        if matches!(call, Call::Allocate(_) | Call::Ready) {
+            housekeeping::look_first(&self.pods).await;
+        }
         match call {
             Call::Allocate(wanted) if !wanted.ports.is_empty() => {
                 hostports::allocate(&self.pods, &self.asker, wanted).await

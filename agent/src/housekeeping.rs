@@ -21,7 +21,7 @@ use ferrule_model::ownership::{
 use tracing::{info, warn};
 
 use crate::clock::Moment;
-use crate::leases::Record;
+use crate::leases::{Leases, Record};
 use crate::links::{self, Device, Seen};
 use crate::pods::Pods;
 
@@ -183,7 +183,7 @@ pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<(
     for duty in duties {
         carry_out(pods, duty, &mut kept).await;
     }
-    pods.note_looked();
+    pods.note_look(Ok(()));
     Ok(())
 }
 
@@ -192,7 +192,8 @@ pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<(
 async fn carry_out(pods: &Arc<Pods>, duty: Duty, kept: &mut BTreeSet<Attachment>) {
     let (what, attachment, result) = match duty {
         Duty::Adopt(attachment, record) => {
-            let adopted = pods.leases().adopt(&attachment, &record);
+            let who = attachment.clone();
+            let adopted = on_disk(pods, move |leases| leases.adopt(&who, &record)).await;
             ("adopted", attachment, adopted)
         }
         Duty::Remove(attachment, index) => {
@@ -205,9 +206,12 @@ async fn carry_out(pods: &Arc<Pods>, duty: Duty, kept: &mut BTreeSet<Attachment>
         }
         Duty::Release(attachment, _) if kept.contains(&attachment) => return,
         Duty::Release(attachment, record) => {
-            let unchanged = |current: &Record| *current == record;
-            let released = pods.leases().release_if(&attachment, unchanged);
-            ("released", attachment, released.map_err(Into::into))
+            let who = attachment.clone();
+            let released = on_disk(pods, move |leases| {
+                let unchanged = |current: &Record| *current == record;
+                Ok(leases.release_if(&who, unchanged)?)
+            });
+            ("released", attachment, released.await)
         }
         Duty::Route(attachment, index, ip) => {
             let made = links::add_route(index, ip).await;
@@ -228,6 +232,29 @@ async fn carry_out(pods: &Arc<Pods>, duty: Duty, kept: &mut BTreeSet<Attachment>
     }
 }
 
+/// Does what waits for the disk where waiting is allowed.
+async fn on_disk(
+    pods: &Arc<Pods>,
+    work: impl FnOnce(&Leases) -> anyhow::Result<bool> + Send + 'static,
+) -> anyhow::Result<bool> {
+    let pods = Arc::clone(pods);
+    tokio::task::spawn_blocking(move || work(pods.leases())).await?
+}
+
+/// Looks if that has not worked yet: an ADD need not wait for the next time.
+pub(crate) async fn look_first(pods: &Arc<Pods>) {
+    if pods.has_looked() {
+        return;
+    }
+    // One at a time: after a reboot hundreds may ask.
+    let _turn = pods.turn_to_look().await;
+    if !pods.has_looked()
+        && let Err(error) = tidy(pods, pods.started()).await
+    {
+        pods.note_look(Err(format!("{error:#}")));
+    }
+}
+
 /// Looks for as long as the agent runs.
 pub(crate) async fn keep(pods: Arc<Pods>) {
     let started = pods.started().clone();
@@ -236,10 +263,10 @@ pub(crate) async fn keep(pods: Arc<Pods>) {
             Ok(()) => INTERVAL,
             Err(error) => {
                 pods.note_tidied("failed");
-                warn!(
-                    error = format!("{error:#}"),
-                    "cannot compare leases with pods' interfaces"
-                );
+                let error = format!("{error:#}");
+                if pods.note_look(Err(error.clone())) {
+                    warn!(error, "cannot compare leases with pods' interfaces");
+                }
                 if pods.has_looked() {
                     INTERVAL
                 } else {

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferrule_api::status::{MAX_ROWS, PodRow, PodRows, cut};
@@ -27,6 +27,15 @@ const QUEUE_INTERVAL: Duration = Duration::from_secs(10);
 /// Bytes of a reply that rows of a listing may take; the rest is what stands around them.
 const ROOM: usize = MAX_LINE - 4096;
 
+/// How the first comparison of pods' interfaces with the leases stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Looking {
+    #[default]
+    NotYet,
+    Failed(String),
+    Done,
+}
+
 /// Answers calls about pods.
 #[derive(Debug)]
 pub(crate) struct Pods {
@@ -35,8 +44,8 @@ pub(crate) struct Pods {
     mtu: AtomicU32,
     /// When this agent started.
     started: Moment,
-    /// Pods' interfaces were compared with the leases once.
-    looked: AtomicBool,
+    looking: Mutex<Looking>,
+    turn: tokio::sync::Mutex<()>,
     tidied: Mutex<Tally>,
 }
 
@@ -47,7 +56,8 @@ impl Pods {
             state_dir,
             mtu: AtomicU32::new(mtu),
             started: Moment::now(),
-            looked: AtomicBool::new(false),
+            looking: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
             tidied: Mutex::default(),
         }
     }
@@ -58,12 +68,31 @@ impl Pods {
 
     /// Whether it is known which addresses are in use without a lease.
     pub(crate) fn has_looked(&self) -> bool {
-        self.looked.load(Ordering::Acquire)
+        *self.looking() == Looking::Done
     }
 
-    /// Pods' interfaces have been compared with the leases: addresses can be leased.
-    pub(crate) fn note_looked(&self) {
-        self.looked.store(true, Ordering::Release);
+    /// Who has it looks; others wait.
+    pub(crate) async fn turn_to_look(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// Takes in how a comparison of pods' interfaces with the leases ended. After the
+    /// first that worked, addresses can be leased. Whether the outcome is another one
+    /// than before is returned.
+    pub(crate) fn note_look(&self, outcome: Result<(), String>) -> bool {
+        let mut looking = self.looking();
+        let now = match outcome {
+            Ok(()) => Looking::Done,
+            Err(_) if *looking == Looking::Done => return true,
+            Err(words) => Looking::Failed(words),
+        };
+        let news = *looking != now;
+        *looking = now;
+        news
+    }
+
+    fn looking(&self) -> MutexGuard<'_, Looking> {
+        self.looking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts what housekeeping did.
@@ -173,13 +202,18 @@ impl Pods {
     }
 
     fn check_looked(&self) -> Result<(), CallError> {
-        if self.has_looked() {
-            return Ok(());
-        }
-        Err(CallError {
-            code: ErrorCode::NotReady,
-            message: "the agent does not know yet which addresses are in use on this node; if that does not pass within seconds, see its log".to_owned(),
-        })
+        let (code, message) = match &*self.looking() {
+            Looking::Done => return Ok(()),
+            Looking::NotYet => (
+                ErrorCode::NotReady,
+                "the agent has just started and does not know yet which addresses are in use on this node; ask again in a moment".to_owned(),
+            ),
+            Looking::Failed(words) => (
+                ErrorCode::Internal,
+                format!("the agent cannot find out which addresses are in use on this node: {words}"),
+            ),
+        };
+        Err(CallError { code, message })
     }
 
     /// Whether an address could be leased now.

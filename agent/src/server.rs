@@ -190,7 +190,7 @@ mod tests {
             let leases = Leases::open(&dir.path().join("leases.redb")).unwrap();
             leases.set_ranges(vec![PodRange::parse("10.1.0.0/29").unwrap()]);
             let pods = Arc::new(Pods::new(leases, dir.path().to_owned(), 1400));
-            pods.note_looked();
+            pods.note_look(Ok(()));
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(1)
                 .enable_all()
