@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ferrule_api::status::{SocketStatus, Status};
 use ferrule_api::{Answer, Call, CallError, ErrorCode};
+use ferrule_model::names::Attachment;
 
 use crate::hostports;
 use crate::housekeeping;
@@ -72,6 +73,24 @@ impl Desk {
                 Arc::clone(&self.pods).rows(after, counters).await
             }
         }
+    }
+
+    /// Ends a lease, if whoever asked for it is still there when its turn has come.
+    pub(crate) async fn release(
+        &self,
+        attachment: Attachment,
+        is_there: impl FnOnce() -> bool + Send + 'static,
+    ) -> Answer {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        Arc::clone(&self.pods)
+            .release_for(attachment, is_there)
+            .await
+    }
+
+    /// How many leases there are.
+    #[cfg(test)]
+    pub(crate) fn leases(&self) -> usize {
+        self.pods.leases().count()
     }
 
     /// Whether pods can be made, and whether those that are there have a way out.

@@ -21,7 +21,7 @@ use ferrule_model::ownership::{
 use tracing::{info, warn};
 
 use crate::clock::Moment;
-use crate::leases::{Leases, Record};
+use crate::leases::{LeaseError, Leases, Record};
 use crate::links::{self, Device, Seen};
 use crate::pods::Pods;
 
@@ -39,8 +39,9 @@ const FIRST_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) enum Duty {
     /// A pod that uses addresses without a lease gets one for them.
     Adopt(Attachment, Record),
-    /// A host end that no ADD will finish is removed, or a shaper without a pod.
-    Remove(Attachment, u32),
+    /// A host end that no ADD will finish is removed, or a shaper without a pod; where
+    /// there is a lease, only if it is still this one.
+    Remove(Attachment, u32, Option<Record>),
     /// A lease whose pod is gone ends.
     Release(Attachment, Record),
     /// The node has lost its route to a pod.
@@ -70,22 +71,23 @@ pub(crate) fn duties(
         let age = now.since(record.since.as_ref().unwrap_or(started));
         let settled = age.is_none_or(|age| age > GRACE);
         let name = host_veth_name(attachment);
-        let end = ends
-            .get(name.as_str())
-            .filter(|end| owns_host_veth(attachment, &end.name, end.alias.as_deref(), end.mac));
-        match end {
+        match ends.get(name.as_str()) {
             _ if !settled => {}
             None => {
                 // A namespace does not outlive a boot.
                 let lives = age.is_some() && record.netns.as_deref().is_some_and(&may_live);
-                if !lives {
+                let in_use = |ip| seen.routes.values().any(|routes| routes.contains(ip));
+                if !lives && !record.addresses.iter().any(in_use) {
                     duties.push(Duty::Release(attachment.clone(), record.clone()));
                 }
             }
+            // Somebody has changed its alias, or it is a stranger: it may be the pod's.
+            Some(end) if !owns_host_veth(attachment, &end.name, end.alias.as_deref(), end.mac) => {}
             // The alias is set before ADD reports: nobody uses this pod.
             Some(end) if end.alias.is_none() => {
-                duties.push(Duty::Remove(attachment.clone(), end.index));
-                duties.push(Duty::Release(attachment.clone(), record.clone()));
+                let record = Some(record.clone());
+                duties.push(Duty::Remove(attachment.clone(), end.index, record.clone()));
+                duties.extend(record.map(|record| Duty::Release(attachment.clone(), record)));
             }
             Some(end) => {
                 let routes = seen.routes.get(&end.index).unwrap_or(&none);
@@ -121,7 +123,9 @@ fn without_veth(
         if let Some(owner) = owner
             && !ends.contains_key(host_veth_name(&owner).as_str())
         {
-            duties.push(Duty::Remove(owner, shaper.index));
+            let lease = leases.iter().find(|(attachment, _)| *attachment == owner);
+            let record = lease.map(|(_, record)| record.clone());
+            duties.push(Duty::Remove(owner, shaper.index, record));
         }
     }
     duties
@@ -178,10 +182,27 @@ pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<(
         .map(|(_, a, record)| (a, record))
         .collect();
     let seen = links::look().await?;
-    let duties = duties(&leases, &seen, &now, started, may_live);
+    let mut all = duties(&leases, &seen, &now, started, may_live);
+    if all.iter().any(|duty| matches!(duty, Duty::Remove(..))) {
+        // A list of interfaces is made while interfaces come: only what is wrong twice is.
+        let again = duties(&leases, &links::look().await?, &now, started, may_live);
+        all.retain(|duty| !matches!(duty, Duty::Remove(..)) || again.contains(duty));
+    }
     let mut kept = BTreeSet::new();
-    for duty in duties {
-        carry_out(pods, duty, &mut kept).await;
+    let mut unknown = Vec::new();
+    for duty in all {
+        let adopts = matches!(duty, Duty::Adopt(..));
+        if let Err(error) = carry_out(pods, duty, &mut kept).await
+            && adopts
+        {
+            unknown.push(error);
+        }
+    }
+    // Addresses in use that are not leased could be chosen.
+    if let Some(error) = unknown.pop()
+        && !pods.has_looked()
+    {
+        return Err(error);
     }
     pods.note_look(Ok(()));
     Ok(())
@@ -189,56 +210,82 @@ pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<(
 
 /// Does one thing. What fails is told and tried again with the next look; an
 /// attachment whose interface could not be removed keeps its lease (`kept`).
-async fn carry_out(pods: &Arc<Pods>, duty: Duty, kept: &mut BTreeSet<Attachment>) {
+async fn carry_out(
+    pods: &Arc<Pods>,
+    duty: Duty,
+    kept: &mut BTreeSet<Attachment>,
+) -> anyhow::Result<()> {
     let (what, attachment, result) = match duty {
         Duty::Adopt(attachment, record) => {
             let who = attachment.clone();
-            let adopted = on_disk(pods, move |leases| leases.adopt(&who, &record)).await;
-            ("adopted", attachment, adopted)
+            let adopted = on_disk(pods, move |leases| leases.adopt(&who, &record));
+            ("adopted", attachment, adopted.await)
         }
-        Duty::Remove(attachment, index) => {
-            let removed = links::remove(index).await;
-            if removed.is_err() {
+        Duty::Remove(attachment, index, record) => {
+            let removed = remove(pods, &attachment, index, record).await;
+            if !matches!(removed, Ok(true)) {
                 kept.insert(attachment.clone());
             }
-            let removed = removed.map(|()| true).map_err(anyhow::Error::from);
             ("removed", attachment, removed)
         }
-        Duty::Release(attachment, _) if kept.contains(&attachment) => return,
+        Duty::Release(attachment, _) if kept.contains(&attachment) => return Ok(()),
         Duty::Release(attachment, record) => {
             let who = attachment.clone();
             let released = on_disk(pods, move |leases| {
-                let unchanged = |current: &Record| *current == record;
-                Ok(leases.release_if(&who, unchanged)?)
+                leases.release_if(&who, |current| *current == record)
             });
             ("released", attachment, released.await)
         }
         Duty::Route(attachment, index, ip) => {
             let made = links::add_route(index, ip).await;
-            let made = made.map(|()| true).map_err(anyhow::Error::from);
-            ("routed", attachment, made)
+            (
+                "routed",
+                attachment,
+                made.map(|()| true).map_err(Into::into),
+            )
         }
     };
     match result {
-        Ok(false) => {}
         Ok(true) => {
             pods.note_tidied(what);
             info!(container_id = %attachment.container_id, interface = %attachment.interface, what, "put right");
         }
+        Ok(false) => {}
         Err(error) => {
             pods.note_tidied("failed");
             warn!(container_id = %attachment.container_id, interface = %attachment.interface, what, error = format!("{error:#}"), "not put right; tried again within a minute");
+            return Err(error);
         }
     }
+    Ok(())
+}
+
+/// Removes an interface, unless an ADD has asked for the attachment's lease since it
+/// was seen: every ADD does so before it makes one.
+async fn remove(
+    pods: &Arc<Pods>,
+    attachment: &Attachment,
+    index: u32,
+    record: Option<Record>,
+) -> anyhow::Result<bool> {
+    if let Some(record) = record {
+        let who = attachment.clone();
+        let unchanged = on_disk(pods, move |leases| leases.is_unchanged(&who, &record));
+        if !unchanged.await? {
+            return Ok(false);
+        }
+    }
+    links::remove(index).await?;
+    Ok(true)
 }
 
 /// Does what waits for the disk where waiting is allowed.
 async fn on_disk(
     pods: &Arc<Pods>,
-    work: impl FnOnce(&Leases) -> anyhow::Result<bool> + Send + 'static,
+    work: impl FnOnce(&Leases) -> Result<bool, LeaseError> + Send + 'static,
 ) -> anyhow::Result<bool> {
     let pods = Arc::clone(pods);
-    tokio::task::spawn_blocking(move || work(pods.leases())).await?
+    Ok(tokio::task::spawn_blocking(move || work(pods.leases())).await??)
 }
 
 /// Looks if that has not worked yet: an ADD need not wait for the next time.
@@ -387,7 +434,7 @@ mod tests {
         assert_eq!(
             about(&record, &half),
             [
-                Duty::Remove(attachment("a"), 7),
+                Duty::Remove(attachment("a"), 7, Some(record.clone())),
                 Duty::Release(attachment("a"), record.clone())
             ]
         );
@@ -400,6 +447,16 @@ mod tests {
         let mut stranger = end("a", false);
         stranger.mac = Some([2, 0, 0, 0, 0, 9]);
         assert_eq!(about(&record, &seen(vec![stranger], false)), []);
+    }
+
+    #[test]
+    fn a_pod_whose_alias_was_changed_is_no_pod_that_is_gone() {
+        let record = record(Some(at(100)), Some("/gone"));
+        let mut renamed = end("a", true);
+        renamed.alias = Some("x".to_owned());
+        assert_eq!(about(&record, &seen(vec![renamed], true)), []);
+        // Nor is one whose interface nobody can find, while a route leads to it.
+        assert_eq!(about(&record, &seen(Vec::new(), true)), []);
     }
 
     #[test]
@@ -448,8 +505,8 @@ mod tests {
             shapers: vec![shaper],
             ..seen(ends, true)
         };
-        let removed = Duty::Remove(attachment.clone(), 9);
         let young = record(Some(at(999)), None);
+        let removed = Duty::Remove(attachment.clone(), 9, Some(young.clone()));
         for aliased in [true, false] {
             let alone = with(shaper(aliased), Vec::new());
             assert_eq!(about(&young, &alone), std::slice::from_ref(&removed));
@@ -457,7 +514,8 @@ mod tests {
             assert_eq!(about(&young, &live), []);
         }
         let alone = with(shaper(true), Vec::new());
-        assert_eq!(duties(&[], &alone, &at(50), &at(40), |_| true), [removed]);
+        let orphan = [Duty::Remove(attachment.clone(), 9, None)];
+        assert_eq!(duties(&[], &alone, &at(50), &at(40), |_| true), orphan);
         // Neither lease nor alias: a stranger.
         let stranger = with(shaper(false), Vec::new());
         assert_eq!(duties(&[], &stranger, &at(50), &at(40), |_| true), []);

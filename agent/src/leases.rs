@@ -16,7 +16,6 @@ use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::bail;
 use ferrule_api::status::RangeStatus;
 use ferrule_api::{PodName, Wanted, queue};
 use ferrule_model::host_ports::{HostPort, PodPorts};
@@ -311,26 +310,36 @@ impl Leases {
     }
 
     /// Records addresses that an attachment has been using without a lease.
-    /// Whether it has none, and so got one, is returned.
+    /// Whether it has none, and so got one, is returned; addresses that are leased to
+    /// another stay so.
     ///
     /// # Errors
-    /// When one of them is leased to another, or the file cannot be written.
-    pub(crate) fn adopt(&self, attachment: &Attachment, record: &Record) -> anyhow::Result<bool> {
+    /// When the file cannot be written.
+    pub(crate) fn adopt(
+        &self,
+        attachment: &Attachment,
+        record: &Record,
+    ) -> Result<bool, LeaseError> {
         let mut inner = self.opened()?;
         if inner.ledger.lease(attachment).is_some() {
             return Ok(false);
         }
         for ip in &record.addresses {
             if let Some(holder) = inner.ledger.holder(*ip) {
-                bail!("address {ip} is leased to {holder}, so not to {attachment}");
+                // Nobody else will get it, but of the two only one can work.
+                error!(%ip, %holder, %attachment, "two pods use one address, which is leased to the holder; restart one of them");
+                return Ok(false);
             }
         }
         if let Err(fault) = inner.write_lease(attachment, record) {
-            return Err(self.failed(&mut inner, fault).into());
+            return Err(self.failed(&mut inner, fault));
         }
-        inner
+        if let Err(error) = inner
             .ledger
-            .record_lease(attachment.clone(), record.addresses.clone())?;
+            .record_lease(attachment.clone(), record.addresses.clone())
+        {
+            error!(%error, "an address was leased meanwhile");
+        }
         Ok(true)
     }
 
@@ -362,14 +371,41 @@ impl Leases {
         released.map_err(|fault| self.failed(&mut inner, fault))
     }
 
-    /// Ends a lease. Whether there was one is returned.
+    /// Ends a lease, if its end is still wanted when nobody else is at the leases.
+    /// Whether one ended is returned.
+    ///
+    /// A plugin whose patience has ended queues the release and goes. What it had asked
+    /// for must not end the lease of an ADD that came after it.
     ///
     /// # Errors
     /// When it could not be written; the lease then stands.
-    pub(crate) fn release(&self, attachment: &Attachment) -> Result<bool, LeaseError> {
+    pub(crate) fn release_while(
+        &self,
+        attachment: &Attachment,
+        wanted: impl FnOnce() -> bool,
+    ) -> Result<bool, LeaseError> {
         let mut inner = self.opened()?;
+        if !wanted() {
+            return Ok(false);
+        }
         let released = inner.release(attachment);
         released.map_err(|fault| self.failed(&mut inner, fault))
+    }
+
+    /// Whether a lease is still what it was.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(crate) fn is_unchanged(
+        &self,
+        attachment: &Attachment,
+        record: &Record,
+    ) -> Result<bool, LeaseError> {
+        let mut inner = self.opened()?;
+        let read = inner.read(attachment);
+        let read = read.map_err(|fault| self.failed(&mut inner, fault))?;
+        Ok(read
+            .is_some_and(|(_, value)| serde_json::from_str(&value).ok().as_ref() == Some(record)))
     }
 
     /// Ends a lease that the plugin asked to end by a file in the queue, and removes the file.
@@ -709,7 +745,7 @@ mod tests {
                     }
                     Step::Del(n) => {
                         let who = attachment(n);
-                        open.release(&who).unwrap();
+                        open.release_while(&who, || true).unwrap();
                         world.held.remove(&who);
                         world.doubtful.remove(&who);
                     }
@@ -748,7 +784,7 @@ mod tests {
         let leases = Leases::open(&dir.path().join("leases.redb")).unwrap();
         leases.set_ranges(ranges());
         let first = allocate(&leases, &attachment(1)).unwrap();
-        leases.release(&attachment(1)).unwrap();
+        leases.release_while(&attachment(1), || true).unwrap();
         // 13 addresses in the range: the one that was released comes back last.
         for n in 2..14 {
             assert_ne!(allocate(&leases, &attachment(n)).unwrap()[0], first[0]);
@@ -823,7 +859,9 @@ mod tests {
         let record = Record::of(&Wanted::new(attachment(3)), held, at(3));
         assert!(leases.adopt(&attachment(3), &record).unwrap());
         assert!(!leases.adopt(&attachment(3), &record).unwrap());
-        assert!(leases.adopt(&attachment(4), &record).is_err());
+        assert!(!leases.adopt(&attachment(4), &record).unwrap(), "another's");
+        assert!(leases.is_unchanged(&attachment(3), &record).unwrap());
+        assert!(!leases.is_unchanged(&attachment(4), &record).unwrap());
         drop(leases);
         let again = Leases::open(&path).unwrap();
         assert_eq!(again.page(None, 9).unwrap()[0].2, record);
@@ -869,7 +907,7 @@ mod tests {
         assert_eq!(open.changed_host_ports(), [(a.clone(), Some(ports))]);
         let taken = ask(open, &b, &[port]).unwrap_err();
         assert!(matches!(taken, LeaseError::PortTaken(_)), "{taken}");
-        open.release(&a).unwrap();
+        open.release_while(&a, || true).unwrap();
         assert_eq!(open.changed_host_ports(), [(a, None)]);
         ask(open, &b, &[port]).unwrap();
     }

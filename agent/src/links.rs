@@ -172,20 +172,17 @@ pub(crate) async fn remove(index: u32) -> Result<(), Error> {
     }
 }
 
-/// Makes the route to a pod's address that the plugin had made; one that is
-/// there is fine.
+/// Makes the route to a pod's address that the plugin had made. Another's route in
+/// its place stays.
 ///
 /// # Errors
-/// [`Error`]
+/// [`Error`]; also where there is one already.
 pub(crate) async fn add_route(index: u32, ip: IpAddr) -> Result<(), Error> {
     let protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
     let message = route::out_of(index, (ip, whole(ip)), None, protocol);
     let message = route::encode(RouteNetlinkMessage::NewRoute(message));
     let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-    match order(message, flags).await {
-        Err(error) if error.already_exists() => Ok(()),
-        other => other,
-    }
+    order(message, flags).await
 }
 
 async fn order(message: RawMessage, flags: u16) -> Result<(), Error> {

@@ -119,7 +119,7 @@ impl Pods {
     pub(crate) async fn call(self: Arc<Self>, call: Call) -> Answer {
         let answer = tokio::task::spawn_blocking(move || match call {
             Call::Allocate(wanted) => self.allocate(&wanted),
-            Call::Release { attachment } => self.release(&attachment),
+            Call::Release { attachment } => self.release_while(&attachment, || true),
             Call::Ready => self.ready(),
             Call::Status | Call::Frontends { .. } | Call::Pods { .. } | Call::Tidy => {
                 Err(CallError {
@@ -128,17 +128,17 @@ impl Pods {
                 })
             }
         });
-        match answer.await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => Answer::Error(error),
-            Err(error) => {
-                error!(%error, "a call did not come to its end");
-                Answer::Error(CallError {
-                    code: ErrorCode::Internal,
-                    message: "the agent failed to answer; see its log".to_owned(),
-                })
-            }
-        }
+        ended(answer.await)
+    }
+
+    /// Ends a lease for a client that may have gone meanwhile; see [`Leases::release_while`].
+    pub(crate) async fn release_for(
+        self: Arc<Self>,
+        attachment: Attachment,
+        is_there: impl FnOnce() -> bool + Send + 'static,
+    ) -> Answer {
+        let answer = tokio::task::spawn_blocking(move || self.release_while(&attachment, is_there));
+        ended(answer.await)
     }
 
     /// A part of the list of pods, with what passed through each.
@@ -225,10 +225,14 @@ impl Pods {
         }
     }
 
-    fn release(&self, attachment: &Attachment) -> Result<Answer, CallError> {
+    fn release_while(
+        &self,
+        attachment: &Attachment,
+        is_there: impl FnOnce() -> bool,
+    ) -> Result<Answer, CallError> {
         let had_one = self
             .leases
-            .release(attachment)
+            .release_while(attachment, is_there)
             .map_err(|error| call_error(&error))?;
         if had_one {
             info!(container_id = %attachment.container_id, "address released");
@@ -290,6 +294,21 @@ fn row(attachment: &Attachment, record: Record, counters: &BTreeMap<String, Coun
         packets_out: counted.map_or(0, |c| c.packets_out),
         bytes_in: counted.map_or(0, |c| c.bytes_in),
         bytes_out: counted.map_or(0, |c| c.bytes_out),
+    }
+}
+
+/// The answer of a call that was made where blocking is allowed.
+fn ended(outcome: Result<Result<Answer, CallError>, tokio::task::JoinError>) -> Answer {
+    match outcome {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => Answer::Error(error),
+        Err(error) => {
+            error!(%error, "a call did not come to its end");
+            Answer::Error(CallError {
+                code: ErrorCode::Internal,
+                message: "the agent failed to answer; see its log".to_owned(),
+            })
+        }
     }
 }
 

@@ -8,13 +8,15 @@ mod request;
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use ferrule_api::{Answer, CallError, ErrorCode, MAX_LINE, Reply};
+use ferrule_api::{Answer, Call, CallError, ErrorCode, MAX_LINE, Reply};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::Mode;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -113,6 +115,7 @@ async fn connection(stream: UnixStream, desk: &Desk) -> anyhow::Result<()> {
         desk.note_refused_connection();
         return Ok(());
     }
+    let client = Arc::new(Connected::new(&stream)?);
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
     loop {
@@ -133,7 +136,15 @@ async fn connection(stream: UnixStream, desk: &Desk) -> anyhow::Result<()> {
             }
         };
         let (answer, go_on) = match request {
-            Ok(request) => (desk.call(request.call).await, true),
+            Ok(request) => match request.call {
+                // Who has gone has queued the release, and an ADD may have come since.
+                Call::Release { attachment } => {
+                    let client = Arc::clone(&client);
+                    let answer = desk.release(attachment, move || client.is_there());
+                    (answer.await, true)
+                }
+                call => (desk.call(call).await, true),
+            },
             Err(error) => {
                 desk.note_bad_request();
                 (Answer::Error(error), false)
@@ -153,6 +164,29 @@ async fn connection(stream: UnixStream, desk: &Desk) -> anyhow::Result<()> {
     }
 }
 
+/// The other end of a connection.
+#[derive(Debug)]
+struct Connected(OwnedFd);
+
+impl Connected {
+    fn new(stream: &UnixStream) -> io::Result<Self> {
+        Ok(Self(stream.as_fd().try_clone_to_owned()?))
+    }
+
+    /// Whether it has not been closed. One that only says no more is still there.
+    fn is_there(&self) -> bool {
+        let mut polled = [PollFd::new(&self.0, PollFlags::empty())];
+        let now = Timespec::default();
+        // A hang-up is told unasked.
+        match rustix::event::poll(&mut polled, Some(&now)) {
+            Ok(_) => !polled[0]
+                .revents()
+                .intersects(PollFlags::HUP | PollFlags::ERR),
+            Err(_) => false,
+        }
+    }
+}
+
 /// Reads one line, which stays empty at the end. One that is too long comes without its
 /// newline; what came before a time-out stays in it.
 async fn read_line(
@@ -167,8 +201,9 @@ async fn read_line(
 mod tests {
     use std::io::{BufRead as _, Write as _};
     use std::os::unix::fs::PermissionsExt as _;
+    use std::panic::AssertUnwindSafe;
 
-    use ferrule_api::{Call, Client, Wanted};
+    use ferrule_api::{Client, Wanted};
     use ferrule_model::ipam::PodRange;
     use ferrule_model::names::{Attachment, ContainerId, IfName};
     use tempfile::TempDir;
@@ -180,7 +215,8 @@ mod tests {
 
     struct Fixture {
         dir: TempDir,
-        _runtime: tokio::runtime::Runtime,
+        desk: Arc<Desk>,
+        runtime: tokio::runtime::Runtime,
     }
 
     impl Fixture {
@@ -200,11 +236,9 @@ mod tests {
             let server = runtime.block_on(async { Server::bind(&path).unwrap() });
             let (queries, _nobody_answers) = tokio::sync::mpsc::channel(1);
             let desk = Arc::new(Desk::new(pods, Asker::new(queries), "/proc/sys".into()));
-            runtime.spawn(async move { server.serve(desk).await });
-            Self {
-                dir,
-                _runtime: runtime,
-            }
+            let of_server = Arc::clone(&desk);
+            runtime.spawn(async move { server.serve(of_server).await });
+            Self { dir, desk, runtime }
         }
 
         fn socket(&self) -> PathBuf {
@@ -283,13 +317,42 @@ mod tests {
                 "{answer}"
             );
         }
-        let _reset_while_it_writes_is_fine = std::panic::catch_unwind(|| f.raw(&long));
+        let _reset_while_it_writes_is_fine =
+            std::panic::catch_unwind(AssertUnwindSafe(|| f.raw(&long)));
         assert_eq!(f.raw(b""), "", "saying nothing is no request");
         // After all of that it still serves.
         let release = Call::Release {
             attachment: attachment("a"),
         };
         assert_eq!(f.call(release), Answer::Released);
+    }
+
+    /// A release whose client has gone is not carried out: the client has queued it,
+    /// and its attachment may be in use again.
+    #[test]
+    fn a_release_of_who_has_gone_ends_nothing() {
+        let f = Fixture::new();
+        let wanted = Wanted::new(attachment("a"));
+        assert!(matches!(
+            f.call(Call::Allocate(Box::new(wanted))),
+            Answer::Allocated(_)
+        ));
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let client = {
+            let _inside = f.runtime.enter();
+            Connected::new(&UnixStream::from_std(ours).unwrap()).unwrap()
+        };
+        assert!(client.is_there());
+        theirs.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(client.is_there(), "it still waits for the answer");
+        drop(theirs);
+        assert!(!client.is_there());
+        let release = |there| f.desk.release(attachment("a"), move || there);
+        assert_eq!(f.runtime.block_on(release(false)), Answer::Released);
+        assert_eq!(f.desk.leases(), 1);
+        assert_eq!(f.runtime.block_on(release(true)), Answer::Released);
+        assert_eq!(f.desk.leases(), 0);
     }
 
     /// Half a line and then nothing is answered and counted; saying nothing at all is neither.

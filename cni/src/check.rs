@@ -33,6 +33,14 @@ pub(crate) struct Previous {
 struct Interface {
     name: String,
     mac: Option<String>,
+    /// Empty or absent for the node's own.
+    sandbox: Option<String>,
+}
+
+impl Interface {
+    fn is_in_a_pod(&self) -> bool {
+        self.sandbox.as_ref().is_some_and(|path| !path.is_empty())
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -103,29 +111,29 @@ impl Previous {
                         .is_some_and(|index| index > self.interfaces.len()),
                 ],
             );
-            let name = match ip.interface {
+            let interface = match ip.interface {
                 None => return Some(ip.address),
-                Some(index) => &self.interfaces.get(index)?.name,
+                Some(index) => self.interfaces.get(index)?,
             };
-            (name == attachment.interface.as_str()).then_some(ip.address)
+            let ours = interface.is_in_a_pod() && interface.name == attachment.interface.as_str();
+            ours.then_some(ip.address)
         })
     }
 
-    pub(crate) fn mac(&self, name: &str) -> Option<&str> {
-        self.interfaces
-            .iter()
-            .find(|interface| interface.name == name)?
-            .mac
-            .as_deref()
+    /// What was reported of an interface, in a pod or on the node.
+    pub(crate) fn mac(&self, name: &str, in_a_pod: bool) -> Option<&str> {
+        let mut interfaces = self.interfaces.iter();
+        let found = interfaces.find(|i| i.name == name && i.is_in_a_pod() == in_a_pod)?;
+        found.mac.as_deref()
     }
 }
 
 /// Whether an interface is up and has the MAC that was reported.
-fn check_link(link: &Link, previous: &Previous, differences: &mut Vec<String>) {
+fn check_link(link: &Link, reported: Option<&str>, differences: &mut Vec<String>) {
     if !link.up {
         differences.push(format!("interface {} is down", link.name));
     }
-    if let (Some(reported), Some(mac)) = (previous.mac(&link.name), link.mac)
+    if let (Some(reported), Some(mac)) = (reported, link.mac)
         && !reported.eq_ignore_ascii_case(&mac.to_string())
     {
         differences.push(format!(
@@ -147,7 +155,7 @@ async fn check_host(
         differences.push(format!("interface {name} of the node is missing"));
         return Ok(None);
     };
-    check_link(&link, previous, differences);
+    check_link(&link, previous.mac(&link.name, false), differences);
     for address in previous.addresses(attachment) {
         let way = host.way_to(address.ip()).await?;
         if way.is_none_or(|(interface, _)| interface != link.index) {
@@ -171,7 +179,7 @@ async fn check_pod(
         differences.push(format!("interface {name} of the pod is missing"));
         return Ok(());
     };
-    check_link(&link, previous, differences);
+    check_link(&link, previous.mac(&link.name, true), differences);
     let present = pod.addresses(link.index).await?;
     for address in previous.addresses(attachment) {
         if !present.contains(&address) {

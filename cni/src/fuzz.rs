@@ -52,7 +52,7 @@ pub fn configuration(input: &[u8]) {
     match check::previous(&config) {
         Ok(previous) => {
             let attachment = attachment();
-            let _looked_up = previous.mac(attachment.interface.as_str());
+            let _looked_up = previous.mac(attachment.interface.as_str(), true);
             let addresses = previous.addresses(&attachment);
             assert!(addresses.count() <= input.len());
         }

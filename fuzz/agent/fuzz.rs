@@ -34,9 +34,15 @@ pub fn request(line: &[u8]) {
         Ok(request) => {
             let again = ferrule_api::encode(&request).expect("a line");
             assert_eq!(request::parse(&again).expect("what was written"), request);
-            if let Call::Allocate { attachment, .. } | Call::Release { attachment } = request.call {
-                assert!(!attachment.interface.as_str().contains(['/', '\0']));
-            }
+            let attachment = match request.call {
+                Call::Allocate(wanted) => {
+                    assert!(wanted.ips.len() <= 2, "{:?}", wanted.ips);
+                    wanted.attachment
+                }
+                Call::Release { attachment } => attachment,
+                _ => return,
+            };
+            assert!(!attachment.interface.as_str().contains(['/', '\0']));
         }
         Err(error) => {
             assert!(error.message.len() <= MAX_TEXT + '…'.len_utf8());

@@ -31,7 +31,7 @@ pub(crate) fn parse(line: &[u8]) -> Result<Request, CallError> {
         let name = attachment.interface.as_str();
         ferrule_model::planted::bug(
             "socket-request",
-            [name.len() > 5, name.len() > 7, name.len() > 9],
+            [name.len() > 3, name.len() > 4, name.len() > 5],
         );
     }
     Ok(request)

@@ -370,7 +370,7 @@ fn read(
                 #[cfg(feature = "fuzzing")]
                 ferrule_model::planted::bug(
                     "netlink-nft",
-                    [!elements.is_empty(), strange.is_empty(), set.ends_with('6')],
+                    [set.len() > 4, !set.is_empty(), strange.is_empty()],
                 );
                 strange.push(Strange { set, key: None });
                 continue;
