@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use ferrule_api_server::{ApiServer, Key, RESOURCES, Streaming};
 use serde_json::Value;
 
@@ -26,9 +26,10 @@ use crate::{golden, netns, wait};
 /// No API holds two objects of one name.
 const NOT_IN_AN_API: [&str; 1] = ["duplicate-object"];
 
-/// Nor what JSON cannot say, of which this scenario has some; as manifests these
-/// documents are left out.
-const NOT_IN_JSON: &str = "invalid-object";
+/// Nor what is no JSON or has no name, of which this scenario has some. That is left
+/// out of its manifests as well: a file of which a part cannot be read takes nothing
+/// away, where an API says itself what is gone.
+const HAS_MORE_THAN_AN_API: &str = "invalid-object";
 
 /// Addresses that the scenarios' node has.
 const ADDRESSES: [&str; 4] = [
@@ -62,6 +63,11 @@ impl Scenario {
             documents.extend(parts.map(str::to_owned));
         }
         let name = folder.file_name().context("a folder has a name")?;
+        if name == HAS_MORE_THAN_AN_API {
+            documents.retain(|document| {
+                items(document).is_ok_and(|items| items.iter().all(|item| key(item).is_some()))
+            });
+        }
         Ok(Self {
             name: name.to_string_lossy().into_owned(),
             config: fs::read_to_string(folder.join("config.yaml")).ok(),
@@ -98,23 +104,21 @@ endpoints: [{addresses: [10.244.200.1]}]
     fn objects(&self) -> anyhow::Result<BTreeMap<Key, Value>> {
         let mut objects = BTreeMap::new();
         for document in self.all() {
-            let object: Value = match serde_saphyr::from_str(&document) {
-                Ok(object) => object,
-                Err(_) if self.name == NOT_IN_JSON => continue,
-                Err(error) => bail!("{document}\n{error}"),
-            };
-            let items = match &object["items"] {
-                Value::Array(items) => items.clone(),
-                _ => vec![object],
-            };
-            objects.extend(
-                items
-                    .into_iter()
-                    .filter_map(|item| Some((key(&item)?, item))),
-            );
+            let items = items(&document)?.into_iter();
+            objects.extend(items.filter_map(|item| Some((key(&item)?, item))));
         }
         Ok(objects)
     }
+}
+
+/// The objects of a document: itself, or what it lists.
+fn items(document: &str) -> anyhow::Result<Vec<Value>> {
+    let object: Value =
+        serde_saphyr::from_str(document).map_err(|error| anyhow::anyhow!("{document}\n{error}"))?;
+    Ok(match &object["items"] {
+        Value::Array(items) => items.clone(),
+        _ => vec![object],
+    })
 }
 
 fn find(folder: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
