@@ -142,8 +142,9 @@ async fn make(
     }
     // Before anything is made: it may be no result.
     let result = report::added(config.version, &pair, &netns, config.previous.as_ref())?;
-    make_link(attachment, sides, &pair).await?;
+    // The time of ADD may run out while the kernel is at it.
     undo.link();
+    make_link(attachment, sides, &pair).await?;
     fault::reached(Step::LinkMade);
     configure_pod(sides, &pair).await?;
     fault::reached(Step::PodConfigured);

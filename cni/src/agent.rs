@@ -261,7 +261,7 @@ pub(crate) fn leases_of(
     network: &NetworkName,
 ) -> Result<BTreeSet<Attachment>, Failure> {
     let failed = |error: ClientError| {
-        let code = if error.agent_is_down() {
+        let code = if error.agent_is_down() || matches!(error, ClientError::Timeout { .. }) {
             Code::TryAgainLater
         } else {
             Code::Agent

@@ -120,6 +120,12 @@ impl Previous {
         })
     }
 
+    /// Whether the pod's interface was reported.
+    fn names(&self, interface: &str) -> bool {
+        let mut interfaces = self.interfaces.iter();
+        interfaces.any(|i| i.name == interface && i.is_in_a_pod())
+    }
+
     /// What was reported of an interface, in a pod or on the node.
     pub(crate) fn mac(&self, name: &str, in_a_pod: bool) -> Option<&str> {
         let mut interfaces = self.interfaces.iter();
@@ -179,6 +185,9 @@ async fn check_pod(
         differences.push(format!("interface {name} of the pod is missing"));
         return Ok(());
     };
+    if !previous.names(name) {
+        differences.push(format!("prevResult has no interface {name} of the pod"));
+    }
     check_link(&link, previous.mac(&link.name, true), differences);
     let present = pod.addresses(link.index).await?;
     for address in previous.addresses(attachment) {

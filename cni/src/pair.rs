@@ -110,7 +110,7 @@ impl Pair {
         }
     }
 
-    /// With another MAC for the pod's end, which must not be the host end's.
+    /// With another MAC for the pod's end.
     pub(crate) fn with_mac(self, pod_mac: Mac) -> Self {
         Self { pod_mac, ..self }
     }

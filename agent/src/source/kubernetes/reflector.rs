@@ -25,6 +25,11 @@ use super::wire::{self, Frame, Item};
 const PAGE: usize = 500;
 
 /// How long a watch lasts before it is asked for anew: so a connection that is
+/// Most pages of a list, and most objects. A cluster has some hundred thousand at
+/// most; a server that goes on is none.
+const MOST_PAGES: usize = 10_000;
+const MOST_OBJECTS: usize = 1_000_000;
+
 /// dead at the other end does not go unnoticed for long.
 const WATCH: (u64, u64) = (45, 60);
 
@@ -134,6 +139,16 @@ pub(super) struct Reflector {
     told: State,
     events: Vec<Event>,
     seen: Instant,
+}
+
+/// Whether a list is one that a cluster can have.
+fn bounded(fresh: &BTreeSet<ObjectName>) -> Result<(), Failure> {
+    if fresh.len() <= MOST_OBJECTS {
+        return Ok(());
+    }
+    Err(Failure::nonsense(format!(
+        "a list of more than {MOST_OBJECTS} objects"
+    )))
 }
 
 impl Reflector {
@@ -284,6 +299,7 @@ impl Reflector {
                 Frame::Applied(item) => {
                     fresh.insert(item.key.name.clone());
                     self.applied(item).await?;
+                    bounded(&fresh).map_err(|failure| Broken::NotStreamed(asked.named(failure)))?;
                 }
                 Frame::Deleted(item) => {
                     fresh.remove(&item.key.name);
@@ -307,7 +323,7 @@ impl Reflector {
     async fn list_pages(&mut self) -> Result<(), Broken> {
         let mut fresh = BTreeSet::new();
         let mut next: Option<String> = None;
-        loop {
+        for _ in 0..MOST_PAGES {
             let limit = self.paging.then(|| format!("limit={PAGE}"));
             let token = next
                 .as_ref()
@@ -329,6 +345,7 @@ impl Reflector {
                 fresh.insert(item.key.name.clone());
                 self.applied(item).await?;
             }
+            bounded(&fresh).map_err(|failure| Broken::Failed(asked.named(failure)))?;
             match page.next {
                 Some(token) if Some(&token) == next.as_ref() => {
                     let words = "a page of the list is its own next page".to_owned();
@@ -341,6 +358,8 @@ impl Reflector {
                 }
             }
         }
+        let words = format!("a list of more than {MOST_PAGES} pages");
+        Err(Broken::Failed(Failure::nonsense(words)))
     }
 
     /// What was known and is not in a whole list is gone.

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use kube_client::client::Body;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::failure::{Cause, Failure, chain};
 
@@ -19,8 +19,25 @@ const LONGEST_FRAME: usize = 16 * 1024 * 1024;
 /// How long the body of a list may pause.
 const PAGE_SILENCE: Duration = Duration::from_secs(30);
 
+/// How long it may take altogether: who sends a byte now and then is not silent.
+const PAGE_TIME: Duration = Duration::from_mins(5);
+
+/// A body, of whatever it is made.
+pub(super) trait Parts:
+    hyper::body::Body<Data = Bytes, Error: std::error::Error> + Unpin
+{
+}
+
+impl<B: hyper::body::Body<Data = Bytes, Error: std::error::Error> + Unpin> Parts for B {}
+
 /// The whole body of an answer.
-pub(super) async fn whole(mut body: Body) -> Result<Vec<u8>, Failure> {
+pub(super) async fn whole<B: Parts>(body: B) -> Result<Vec<u8>, Failure> {
+    timeout(PAGE_TIME, all_of(body))
+        .await
+        .unwrap_or_else(|_| Err(silent(format!("a list took more than {PAGE_TIME:?}"))))
+}
+
+async fn all_of<B: Parts>(mut body: B) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     loop {
         let frame = timeout(PAGE_SILENCE, body.frame())
@@ -43,15 +60,15 @@ pub(super) async fn whole(mut body: Body) -> Result<Vec<u8>, Failure> {
 }
 
 /// The lines of a body.
-pub(super) struct Frames {
-    body: Body,
+pub(super) struct Frames<B = Body> {
+    body: B,
     buffer: BytesMut,
     /// Up to where there is no end of line.
     searched: usize,
 }
 
-impl Frames {
-    pub(super) fn new(body: Body) -> Self {
+impl<B: Parts> Frames<B> {
+    pub(super) fn new(body: B) -> Self {
         Self {
             body,
             buffer: BytesMut::new(),
@@ -74,8 +91,9 @@ impl Frames {
     }
 
     /// The next line; `None` at the end. What is left behind the last line was
-    /// cut off, and is no line.
+    /// cut off, and is no line. A part of one, or a blank one, is no sign of life.
     pub(super) async fn next(&mut self, longest: Duration) -> Result<Option<BytesMut>, Failure> {
+        let deadline = Instant::now() + longest;
         loop {
             if let Some(end) = self.end_of_line() {
                 let mut line = self.buffer.split_to(end + 1);
@@ -86,7 +104,7 @@ impl Frames {
                 }
                 return Ok(Some(line));
             }
-            let frame = timeout(longest, self.body.frame())
+            let frame = timeout_at(deadline, self.body.frame())
                 .await
                 .map_err(|_| silent(format!("the server was silent for {longest:?}")))?;
             let Some(frame) = frame else {
@@ -107,4 +125,41 @@ impl Frames {
 
 fn silent(words: String) -> Failure {
     Failure::new(Cause::Unreachable, words)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use futures_util::stream;
+    use http_body_util::StreamBody;
+    use hyper::body::Frame;
+
+    use super::*;
+
+    /// A body that says `part` every ten seconds, without an end.
+    fn dripping(part: &'static [u8]) -> impl Parts {
+        let parts = stream::unfold((), move |()| async move {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            let frame = Frame::data(Bytes::from_static(part));
+            Some((Ok::<_, Infallible>(frame), ()))
+        });
+        StreamBody::new(Box::pin(parts))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_no_line_is_no_sign_of_life() {
+        for part in [&b"\n"[..], b" ", b"x"] {
+            let mut frames = Frames::new(dripping(part));
+            let failure = frames.next(Duration::from_mins(1)).await.unwrap_err();
+            assert_eq!(failure.cause, Cause::Unreachable, "{}", failure.words);
+        }
+        let mut frames = Frames::new(dripping(b"{}\n"));
+        for _ in 0..20 {
+            let line = frames.next(Duration::from_mins(1)).await.unwrap();
+            assert_eq!(line.unwrap(), "{}");
+        }
+        let failure = whole(dripping(b"x")).await.unwrap_err();
+        assert_eq!(failure.cause, Cause::Unreachable, "{}", failure.words);
+    }
 }
