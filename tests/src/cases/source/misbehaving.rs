@@ -18,7 +18,7 @@ use anyhow::{Context as _, ensure};
 use ferrule_api_server::{
     Acceptor, ApiServer, Authority, Faults, Identity, Key, Streaming, Validity,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::super::walk::objects::Cluster;
 use super::super::walk::{say, tables};
@@ -60,6 +60,10 @@ const GROWN: u64 = 110;
 
 /// The number of the Service that is always there.
 const STEADY: u8 = 200;
+
+/// Its namespace: it stands at the end of each list, where a list that is cut off
+/// lacks it.
+const LAST: &str = "zoo";
 
 /// Longest that so many steps may take, in minutes.
 pub(in crate::cases) fn minutes() -> u64 {
@@ -169,8 +173,9 @@ impl Trial<'_> {
         let slices = world::slices("steady", &[&backend.pod])?;
         for text in format!("{service}{slices}").split("---\n") {
             let object = serde_saphyr::from_str(text);
-            self.steady
-                .push(object.map_err(|error| anyhow::anyhow!("{text}\n{error}"))?);
+            let mut object: Value = object.map_err(|error| anyhow::anyhow!("{text}\n{error}"))?;
+            object["metadata"]["namespace"] = json!(LAST);
+            self.steady.push(object);
         }
         self.push()
     }
@@ -209,8 +214,12 @@ impl Trial<'_> {
         let most = 1 + self.random.below(6);
         self.change(most)?;
         match self.random.below(24) {
-            0..=9 => self.server.end_watches(),
-            10..=11 => self.server.compact(),
+            0..=5 => self.server.end_watches(),
+            // Who watches must list everything anew.
+            6..=11 => {
+                self.server.compact();
+                self.server.end_watches();
+            }
             // Connections break, and for a while nobody listens.
             12 => {
                 self.running = None;
