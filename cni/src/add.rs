@@ -15,14 +15,16 @@ use crate::agent;
 use crate::config::Config;
 use crate::failure::{Code, Failure};
 use crate::fault::{self, Step};
-use crate::kernel::{Kernel, KernelError, Link};
+use crate::kernel::{Kernel, Link};
+use crate::lock;
 use crate::netns::Netns;
 use crate::pair::Pair;
 use crate::ports;
+use crate::removal;
 use crate::report;
 use crate::shaper::Shaper;
 use crate::sysctl;
-use crate::undo::{self, Undo};
+use crate::undo::Undo;
 use crate::wishes::Wishes;
 
 /// What the runtime told about the pod.
@@ -59,10 +61,13 @@ pub(crate) async fn run(
     // What depends on the MTU is looked at again when the agent has told it.
     config.bandwidth.limits(request.mtu.unwrap_or_default())?;
     let ports = ports::read(config.port_mappings.as_ref())?;
-    let sides = validate(&request).await?;
+    let netns = Netns::open(request.netns)?;
+    let attachment = request.attachment;
+    // Until everything is made, or undone.
+    let _lock = lock::take(&config.agent_socket, attachment, lock::PATIENCE)?;
+    let sides = validate(&request, netns).await?;
     fault::reached(Step::Validated);
     let mut undo = Undo::default();
-    let attachment = request.attachment;
     let made = make(config, request, ports, &sides, &mut undo, print);
     let made = tokio::time::timeout(LIMIT, made).await.unwrap_or_else(|_| {
         Err(Failure::new(
@@ -79,9 +84,8 @@ pub(crate) async fn run(
     }
 }
 
-/// Opens both namespaces and makes sure that the interface is not there yet.
-async fn validate(request: &Request<'_>) -> Result<Sides, Failure> {
-    let netns = Netns::open(request.netns)?;
+/// Looks into both namespaces and makes sure that the interface is not there yet.
+async fn validate(request: &Request<'_>, netns: Netns) -> Result<Sides, Failure> {
     let host = Kernel::open()?;
     let pod = netns.inside(Kernel::open)??;
     let interface = &request.attachment.interface;
@@ -161,17 +165,17 @@ async fn make(
 /// Makes the pair, after removing the host's end of an earlier life of this
 /// attachment. That one is provably ours, and its pod is gone: the interface
 /// is not in the namespace that the runtime now gives for it.
-async fn make_link(attachment: &Attachment, sides: &Sides, pair: &Pair) -> Result<(), KernelError> {
+async fn make_link(attachment: &Attachment, sides: &Sides, pair: &Pair) -> Result<(), Failure> {
     let create = || {
         let order = pair.create(sides.netns.raw_fd());
         sides.host.carry_out(vec![order])
     };
     match create().await {
         Err(error) if error.already_exists() => {
-            undo::remove_host_end(&sides.host, attachment).await?;
-            create().await
+            removal::remove(&sides.host, attachment, None).await?;
+            Ok(create().await?)
         }
-        other => other,
+        other => Ok(other?),
     }
 }
 

@@ -78,6 +78,8 @@ pub(crate) struct Link {
     pub(crate) up: bool,
     pub(crate) mac: Option<Mac>,
     alias: Option<String>,
+    /// Index of the other end of a veth, in whichever namespace that is.
+    peer: Option<u32>,
     veth: bool,
     ifb: bool,
 }
@@ -96,6 +98,7 @@ impl Link {
                 LinkAttribute::Address(bytes) => {
                     link.mac = bytes.as_slice().try_into().ok().map(Mac);
                 }
+                LinkAttribute::Link(index) => link.peer = Some(*index),
                 LinkAttribute::LinkInfo(infos) => {
                     link.veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
                     link.ifb = infos.contains(&LinkInfo::Kind(InfoKind::Ifb));
@@ -115,6 +118,25 @@ impl Link {
     pub(crate) fn is_host_end_of(&self, attachment: &Attachment) -> bool {
         let mac = self.mac.map(|Mac(bytes)| bytes);
         self.veth && ownership::owns_host_veth(attachment, &self.name, self.alias.as_deref(), mac)
+    }
+
+    /// Whether this has name and MAC of the host's end of the attachment's veth,
+    /// but no longer its alias.
+    pub(crate) fn is_altered_end_of(&self, attachment: &Attachment) -> bool {
+        let mac = self.mac.map(|Mac(bytes)| bytes);
+        self.veth
+            && ownership::resembles_host_veth(attachment, &self.name, mac)
+            && !self.is_host_end_of(attachment)
+    }
+
+    /// Whether this and `end`, in another namespace, name one another as ends of a veth.
+    pub(crate) fn is_peer_of(&self, end: &Link) -> bool {
+        self.veth && end.veth && self.peer == Some(end.index) && end.peer == Some(self.index)
+    }
+
+    /// The alias, empty if there is none.
+    pub(crate) fn alias(&self) -> &str {
+        self.alias.as_deref().unwrap_or_default()
     }
 
     /// Whether this is the device that shapes what comes from the attachment.

@@ -9,7 +9,8 @@
 //!
 //! [`environment`] and [`config`] take the call apart, one module a verb
 //! carries it out ([`add`], [`del`], [`check`], [`gc`], [`agent::status`],
-//! [`version::reply`]). [`wishes`] are what a runtime wants for one pod;
+//! [`version::reply`]), those that change something under a [`lock`].
+//! [`wishes`] are what a runtime wants for one pod;
 //! [`pair`] knows what is made and [`kernel`] makes it; [`bandwidth`], [`tc`]
 //! and [`shaper`] are the same for a pod's limits.
 
@@ -26,9 +27,11 @@ mod fault;
 pub mod fuzz;
 mod gc;
 mod kernel;
+mod lock;
 mod netns;
 mod pair;
 mod ports;
+mod removal;
 mod report;
 mod shaper;
 mod sysctl;
@@ -108,7 +111,9 @@ where
         }
         Command::Del => {
             let attachment = environment.attachment()?;
-            runtime()?.block_on(del::run(&config, &attachment))
+            // One that is missing or makes no sense is none.
+            let netns = environment.netns().ok();
+            runtime()?.block_on(del::run(&config, &attachment, netns.as_deref()))
         }
         Command::Check => {
             config.version.require(SpecVersion::V0_4_0, "CHECK")?;

@@ -134,6 +134,67 @@ fn a_foreign_link_with_our_name_survives() {
     node.assert_clean();
 }
 
+/// A pod whose host end somebody has given another alias; the name of that end.
+fn altered(node: &Node, pod: &Pod) -> String {
+    node.add("abc", pod);
+    let name = ownership::host_veth_name(&attachment("abc")).to_string();
+    ip(&format!("link set {name} alias lb-uplink"));
+    name
+}
+
+#[test]
+fn a_changed_alias_is_overlooked_where_the_pods_end_is_seen() {
+    let mut node = Node::new();
+    let limits = json!({"egressRate": 8_000_000, "egressBurst": 800_000});
+    node.extra = json!({"runtimeConfig": {"bandwidth": limits}});
+    let pod = Pod::new();
+    altered(&node, &pod);
+    // Another interface of that namespace is no proof.
+    pod.inside(|| ip("link add eth1 type veth peer name eth2"));
+    let other = Pod::new();
+    other.inside(|| ip("link add eth0 type veth peer name eth2"));
+    node.call("DEL", "abc", &other.path()).error(11);
+    assert_eq!(node.agent.leases(), 1);
+    node.del("abc", &pod.path());
+    node.assert_clean();
+}
+
+#[test]
+fn a_changed_alias_keeps_the_lease_until_somebody_has_looked() {
+    let node = Node::new();
+    let pod = Pod::new();
+    let name = altered(&node, &pod);
+    for _ in 0..2 {
+        let error = node.call("DEL", "abc", "").error(11);
+        let said = error["msg"].as_str().unwrap();
+        for words in [
+            name.as_str(),
+            "\"lb-uplink\"",
+            "\"ferrule abc eth0\"",
+            "abc/eth0",
+        ] {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+        assert_eq!((our_links().len(), node.agent.leases()), (1, 1));
+        assert_eq!(node.queued(), []);
+    }
+    // Nor does an ADD in another namespace, or its undoing, end it.
+    let second = Pod::new();
+    node.call("ADD", "abc", &second.path()).error(11);
+    assert_eq!((our_links().len(), node.agent.leases()), (1, 1));
+    // With the namespace it goes by itself.
+    pod.inside(|| ip("link del eth0"));
+    node.del("abc", "");
+    node.assert_clean();
+    // Or somebody does what the message says.
+    let name = altered(&node, &pod);
+    let alias = ["link", "set", &name, "alias", "ferrule abc eth0"];
+    let status = std::process::Command::new("ip").args(alias).status();
+    assert!(status.unwrap().success());
+    node.del("abc", "");
+    node.assert_clean();
+}
+
 #[test]
 fn only_the_named_interface_goes() {
     let node = Node::new();

@@ -79,6 +79,26 @@ fn leases_without_interfaces_and_interfaces_without_leases() {
 }
 
 #[test]
+fn gc_keeps_the_lease_of_an_interface_whose_alias_was_changed() {
+    let mut node = node();
+    let pods = ["abc", "def"].map(|container| (container, Pod::new()));
+    for (container, pod) in &pods {
+        node.add(container, pod);
+    }
+    let name = ferrule_model::ownership::host_veth_name(&attachment("abc"));
+    ip(&format!("link set {name} alias uplink"));
+    node.extra = json!({"cni.dev/valid-attachments": []});
+    let error = node.call("GC", "", "").error(5);
+    let said = error["msg"].as_str().unwrap();
+    assert!(said.contains(name.as_str()), "{error}");
+    assert_eq!(our_links(), [name.as_str()]);
+    assert_eq!(node.agent.leases(), 1);
+    ip(&format!("link del {name}"));
+    assert_eq!(gc(&mut node, &[]), Value::Null);
+    node.assert_clean();
+}
+
+#[test]
 fn gc_without_the_agent_changes_nothing() {
     let mut node = node();
     let pod = Pod::new();

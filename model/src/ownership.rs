@@ -176,7 +176,8 @@ pub fn read_alias(name: &str, alias: &str) -> Option<(Attachment, Option<Network
 /// The name alone could be anybody's: the alias must agree. The kernel takes
 /// an alias only after the link is made, so a link without any, left by an ADD
 /// that was killed in between, is told by its MAC, which is part of the
-/// message that makes it. Another's alias is never overlooked.
+/// message that makes it. Another's alias is never overlooked, unless a DEL
+/// names the namespace in which the other end is the pod's interface.
 #[must_use]
 pub fn owns_host_veth(
     attachment: &Attachment,
@@ -186,6 +187,15 @@ pub fn owns_host_veth(
 ) -> bool {
     proven(attachment, alias, mac, host_veth_mac(attachment))
         && name == host_veth_name(attachment).as_str()
+}
+
+/// Whether a veth has name and MAC of the host end that we made for `attachment`.
+///
+/// That is no proof, but reason enough to keep the lease: it may be a live pod's,
+/// whose alias somebody has changed.
+#[must_use]
+pub fn resembles_host_veth(attachment: &Attachment, name: &str, mac: Option<[u8; 6]>) -> bool {
+    mac == Some(host_veth_mac(attachment)) && name == host_veth_name(attachment).as_str()
 }
 
 /// Whether an ifb device is the one that we made to shape what comes from
