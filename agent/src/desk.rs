@@ -42,14 +42,16 @@ impl Desk {
     /// Answers one call.
     pub(crate) async fn call(&self, call: Call) -> Answer {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        if matches!(call, Call::Allocate(_) | Call::Ready) {
+        if matches!(call, Call::Allocate(_) | Call::Lease { .. } | Call::Ready) {
             housekeeping::look_first(&self.pods).await;
         }
         match call {
             Call::Allocate(wanted) if !wanted.ports.is_empty() => {
                 hostports::allocate(&self.pods, &self.asker, wanted).await
             }
-            Call::Allocate(_) | Call::Release { .. } => Arc::clone(&self.pods).call(call).await,
+            Call::Allocate(_) | Call::Lease { .. } | Call::Release { .. } => {
+                Arc::clone(&self.pods).call(call).await
+            }
             Call::Ready => self.ready(call).await,
             Call::Tidy => match housekeeping::tidy(&self.pods, self.pods.started()).await {
                 Ok(()) => Answer::Tidied,
@@ -91,6 +93,11 @@ impl Desk {
     #[cfg(test)]
     pub(crate) fn leases(&self) -> usize {
         self.pods.leases().count()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn pods(&self) -> &Pods {
+        &self.pods
     }
 
     /// Whether pods can be made, and whether those that are there have a way out.

@@ -408,6 +408,24 @@ impl Leases {
             .is_some_and(|(_, value)| serde_json::from_str(&value).ok().as_ref() == Some(record)))
     }
 
+    /// The lease of an attachment, if it has one.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or what stands in it is no lease.
+    pub(crate) fn find(&self, attachment: &Attachment) -> Result<Option<Record>, LeaseError> {
+        let mut inner = self.opened()?;
+        let read = inner.read(attachment);
+        let read = read.map_err(|fault| self.failed(&mut inner, fault))?;
+        let parsed = read.map(|(entry, value)| {
+            serde_json::from_str(&value).map_err(|fault| LeaseError::Damaged {
+                path: self.path.clone(),
+                entry,
+                fault,
+            })
+        });
+        parsed.transpose()
+    }
+
     /// Ends a lease that the plugin asked to end by a file in the queue, and removes the file.
     ///
     /// Both under one lock: an ADD that uses the attachment anew withdraws the

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferrule_api::status::{MAX_ROWS, PodRow, PodRows, cut};
-use ferrule_api::{Allocation, Answer, Call, CallError, ErrorCode, MAX_LINE, Wanted, queue};
+use ferrule_api::{Allocation, Answer, Call, CallError, ErrorCode, Lease, MAX_LINE, Wanted, queue};
 use ferrule_model::address::Family;
 use ferrule_model::ipam::ChooseError;
 use ferrule_model::names::Attachment;
@@ -121,6 +121,7 @@ impl Pods {
             Call::Allocate(wanted) => self.allocate(&wanted),
             Call::Release { attachment } => self.release_while(&attachment, || true),
             Call::Ready => self.ready(),
+            Call::Lease { attachment } => self.lease(&attachment),
             Call::Status | Call::Frontends { .. } | Call::Pods { .. } | Call::Tidy => {
                 Err(CallError {
                     code: ErrorCode::Internal,
@@ -223,6 +224,23 @@ impl Pods {
             Ok(()) => Ok(Answer::Ready),
             Err(error) => Err(call_error(&error.into())),
         }
+    }
+
+    /// What an attachment has; before it is known whose pods have lost their lease
+    /// nothing is said.
+    fn lease(&self, attachment: &Attachment) -> Result<Answer, CallError> {
+        self.check_looked()?;
+        let found = self.leases.find(attachment);
+        let record = found.map_err(|error| call_error(&error))?;
+        let lease = record.map(|record| Lease {
+            addresses: record
+                .addresses
+                .into_iter()
+                .filter_map(host_network)
+                .collect(),
+            ports: record.ports,
+        });
+        Ok(Answer::Lease(lease.unwrap_or_default()))
     }
 
     fn release_while(

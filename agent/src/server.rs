@@ -203,7 +203,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
     use std::panic::AssertUnwindSafe;
 
-    use ferrule_api::{Client, Wanted};
+    use ferrule_api::{Client, Lease, Wanted};
     use ferrule_model::ipam::PodRange;
     use ferrule_model::names::{Attachment, ContainerId, IfName};
     use tempfile::TempDir;
@@ -325,6 +325,38 @@ mod tests {
             attachment: attachment("a"),
         };
         assert_eq!(f.call(release), Answer::Released);
+    }
+
+    #[test]
+    fn a_lease_is_told_with_its_ports_and_none_as_none() {
+        let f = Fixture::new();
+        let lease = || {
+            f.call(Call::Lease {
+                attachment: attachment("a"),
+            })
+        };
+        assert_eq!(lease(), Answer::Lease(Lease::default()));
+        let port = r#"{"hostPort":8080,"containerPort":80}"#;
+        let ports = vec![serde_json::from_str(port).unwrap()];
+        let wanted = Wanted {
+            ports: ports.clone(),
+            ..Wanted::new(attachment("a"))
+        };
+        // Past the desk, which would wait for a kernel to serve the port.
+        f.desk
+            .pods()
+            .leases()
+            .allocate(&wanted, crate::clock::Moment::now())
+            .unwrap();
+        let addresses = vec!["10.1.0.2/32".parse().unwrap()];
+        assert_eq!(lease(), Answer::Lease(Lease { addresses, ports }));
+        let line = f.raw(
+            b"{\"version\":1,\"call\":\"lease\",\"attachment\":{\"container_id\":\"b\",\"interface\":\"eth0\"}}\n",
+        );
+        assert_eq!(
+            line,
+            "{\"version\":1,\"answer\":\"lease\",\"addresses\":[]}\n"
+        );
     }
 
     /// A release whose client has gone is not carried out: the client has queued it,

@@ -79,6 +79,11 @@ pub enum Call {
         /// Whose lease ends.
         attachment: Attachment,
     },
+    /// What an attachment has been leased.
+    Lease {
+        /// Whose lease it is.
+        attachment: Attachment,
+    },
     /// Put leases and pods' interfaces in agreement with one another, as the agent
     /// does by itself now and then.
     Tidy,
@@ -228,6 +233,8 @@ pub enum Answer {
     Released,
     /// To [`Call::Ready`]: it would.
     Ready,
+    /// To [`Call::Lease`].
+    Lease(Lease),
     /// To [`Call::Tidy`].
     Tidied,
     /// To [`Call::Status`].
@@ -255,6 +262,16 @@ impl Allocation {
     pub fn ips(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.addresses.iter().map(IpNetwork::ip)
     }
+}
+
+/// What an attachment has been leased.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// One host address for each family, IPv4 first; none where there is no lease.
+    pub addresses: Vec<IpNetwork>,
+    /// Ports of the node that lead to the pod.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<HostPort>,
 }
 
 /// Why a call failed.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ferrule_api::queue::{self, QueueError};
-use ferrule_api::{Allocation, Answer, Call, Client, ClientError, ErrorCode, Wanted};
+use ferrule_api::{Allocation, Answer, Call, Client, ClientError, ErrorCode, Lease, Wanted};
 use ferrule_model::names::{Attachment, ContainerId, IfName, NetworkName};
 
 use crate::config::{Config, MIN_MTU_IPV6};
@@ -21,6 +21,9 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// For a part of a list, or a look at all of the node's interfaces.
 const LIST_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// For CHECK, which takes a look at one lease.
+const LEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// For STATUS, which containerd asks with every poll of the kubelet.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -142,6 +145,7 @@ pub(crate) fn allocate(
         }),
         Answer::Released
         | Answer::Ready
+        | Answer::Lease(_)
         | Answer::Tidied
         | Answer::Status(_)
         | Answer::Frontends(_)
@@ -211,6 +215,7 @@ pub(crate) fn release(config: &Config, attachment: &Attachment) -> Result<Releas
         Ok(
             Answer::Allocated(_)
             | Answer::Ready
+            | Answer::Lease(_)
             | Answer::Tidied
             | Answer::Status(_)
             | Answer::Frontends(_)
@@ -252,6 +257,28 @@ pub(crate) fn status(config: &Config) -> Result<(), Failure> {
             | ErrorCode::Internal => Err(Failure::new(Code::NotAvailable, error.message)),
         },
         other => Err(Failure::new(Code::NotAvailable, nonsense(&other))),
+    }
+}
+
+/// What an attachment has been leased; `None` where the agent is of a release that
+/// does not tell.
+pub(crate) fn lease_of(config: &Config, attachment: &Attachment) -> Result<Option<Lease>, Failure> {
+    let unseen = |reason: String| {
+        Failure::new(
+            Code::TryAgainLater,
+            format!("whether {attachment} has its lease cannot be seen: {reason}"),
+        )
+    };
+    let failed = |error: ClientError| unseen(error.to_string());
+    let call = Call::Lease {
+        attachment: attachment.clone(),
+    };
+    let mut client = Client::connect(&config.agent_socket, LEASE_TIMEOUT).map_err(failed)?;
+    match client.call(call).map_err(failed)? {
+        Answer::Lease(lease) => Ok(Some(lease)),
+        Answer::Error(error) if error.code == ErrorCode::BadRequest => Ok(None),
+        Answer::Error(error) => Err(unseen(error.message)),
+        other => Err(Failure::new(Code::Agent, nonsense(&other))),
     }
 }
 
@@ -321,6 +348,7 @@ fn nonsense(answer: &Answer) -> String {
         Answer::Allocated(_) => "an allocation",
         Answer::Released => "a release",
         Answer::Ready => "readiness",
+        Answer::Lease(_) => "a lease",
         Answer::Tidied => "tidiness",
         Answer::Status(_) => "a status",
         Answer::Frontends(_) | Answer::Pods(_) => "a list",

@@ -1,7 +1,8 @@
 //! The verb CHECK: is the pod's network still what ADD reported?
 //!
 //! Compared are the interfaces, their MACs, the pod's addresses, its routes,
-//! and the host's routes to it. Nothing is repaired.
+//! and the host's routes to it; and with what the agent has leased, the addresses
+//! and the host ports. Nothing is repaired.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -11,10 +12,12 @@ use ferrule_model::ownership;
 use ipnetwork::IpNetwork;
 use serde::Deserialize;
 
+use crate::agent;
 use crate::config::{Config, typed};
 use crate::failure::{Code, Failure};
 use crate::kernel::{Kernel, Link};
 use crate::netns::Netns;
+use crate::ports;
 use crate::shaper::Shaper;
 
 /// The parts of a result that we compare; plugins after us may have added to
@@ -74,6 +77,11 @@ pub(crate) async fn run(
             .await?;
     }
     check_pod(&pod, attachment, &previous, &mut differences).await?;
+    let seen = check_lease(config, attachment, &previous, &mut differences);
+    if differences.is_empty() {
+        // What is amiss for sure is told before what could not be seen.
+        seen?;
+    }
     if differences.is_empty() {
         return Ok(());
     }
@@ -157,9 +165,19 @@ async fn check_host(
 ) -> Result<Option<Link>, Failure> {
     let name = ownership::host_veth_name(attachment);
     let found = host.link(name.as_str()).await?;
-    let Some(link) = found.filter(|link| link.is_host_end_of(attachment)) else {
-        differences.push(format!("interface {name} of the node is missing"));
-        return Ok(None);
+    let link = match found {
+        Some(link) if link.is_host_end_of(attachment) => link,
+        Some(link) if link.is_altered_end_of(attachment) => {
+            differences.push(format!(
+                "interface {name} of the node has the alias {:?}",
+                link.alias()
+            ));
+            return Ok(None);
+        }
+        Some(_) | None => {
+            differences.push(format!("interface {name} of the node is missing"));
+            return Ok(None);
+        }
     };
     check_link(&link, previous.mac(&link.name, false), differences);
     for address in previous.addresses(attachment) {
@@ -209,6 +227,41 @@ async fn check_pod(
                 route.dst
             ));
         }
+    }
+    Ok(())
+}
+
+/// Whether the agent has leased the pod's addresses to it, and its host ports:
+/// without a lease another pod may get them.
+fn check_lease(
+    config: &Config,
+    attachment: &Attachment,
+    previous: &Previous,
+    differences: &mut Vec<String>,
+) -> Result<(), Failure> {
+    let ports = ports::read(config.port_mappings.as_ref())?;
+    let Some(lease) = agent::lease_of(config, attachment)? else {
+        return Ok(());
+    };
+    if lease.addresses.is_empty() {
+        let words = "the agent has no lease for it, so another pod may get its addresses";
+        differences.push(words.to_owned());
+        return Ok(());
+    }
+    for address in previous.addresses(attachment) {
+        if !lease.addresses.contains(&address) {
+            let leased: Vec<_> = lease.addresses.iter().map(ToString::to_string).collect();
+            let leased = leased.join(" and ");
+            differences.push(format!(
+                "address {address} is not leased to it, but {leased}"
+            ));
+        }
+    }
+    for port in ports.iter().filter(|port| !lease.ports.contains(port)) {
+        differences.push(format!(
+            "host port {}/{} is not leased to it with container port {}",
+            port.host_port, port.protocol, port.container_port
+        ));
     }
     Ok(())
 }

@@ -4,9 +4,10 @@
 
 mod support;
 
+use ferrule_api::ErrorCode;
 use serde_json::{Value, json};
 
-use support::{Node, Pod, ip};
+use support::{Mood, Node, Pod, attachment, ip};
 
 fn added() -> (Node, Pod, Value) {
     let mut node = Node::new();
@@ -65,6 +66,58 @@ fn each_difference_is_named() {
     let said = difference(&node, &pod);
     assert!(said.contains("eth0 of the pod is missing"), "{said}");
     assert!(said.contains(host), "{said}");
+}
+
+#[test]
+fn the_lease_is_compared_as_well() {
+    let (node, pod, _) = added();
+    node.agent
+        .lease(attachment("abc"), &["10.1.0.9/32", "fd01::2/128"]);
+    let said = difference(&node, &pod);
+    let words = "address 10.1.0.2/32 is not leased to it, but 10.1.0.9/32 and fd01::2/128";
+    assert!(
+        said.contains(words) && !said.contains("address fd01"),
+        "{said}"
+    );
+    node.agent.forget(&attachment("abc"));
+    let said = difference(&node, &pod);
+    assert!(said.contains("no lease"), "{said}");
+    // An older agent does not know the question, one that fails cannot say.
+    node.agent.set(Mood::Refuses(ErrorCode::BadRequest));
+    node.call("CHECK", "abc", &pod.path()).result();
+    for mood in [Mood::Refuses(ErrorCode::Internal), Mood::HangsUp] {
+        node.agent.set(mood);
+        node.call("CHECK", "abc", &pod.path()).error(11);
+    }
+    node.agent.set(Mood::Says("{}\n".to_owned()));
+    node.call("CHECK", "abc", &pod.path()).error(11);
+    node.stop_agent();
+    let error = node.call("CHECK", "abc", &pod.path()).error(11);
+    assert!(error["msg"].as_str().unwrap().contains("cannot be seen"));
+    // What is amiss for sure is told all the same.
+    pod.inside(|| ip("link set eth0 down"));
+    assert!(difference(&node, &pod).contains("eth0 is down"));
+}
+
+#[test]
+fn host_ports_are_part_of_the_lease() {
+    let (mut node, pod, result) = added();
+    let mappings = json!([{"hostPort": 8080, "containerPort": 80, "protocol": "udp"}]);
+    node.extra = json!({"prevResult": result, "runtimeConfig": {"portMappings": mappings}});
+    let said = difference(&node, &pod);
+    assert!(said.contains("host port 8080/UDP is not leased"), "{said}");
+    node.del("abc", &pod.path());
+    let result = node.add("abc", &pod);
+    node.extra["prevResult"] = result;
+    node.call("CHECK", "abc", &pod.path()).result();
+}
+
+#[test]
+fn a_changed_alias_is_named() {
+    let (node, pod, result) = added();
+    let host = result["interfaces"][0]["name"].as_str().unwrap();
+    ip(&format!("link set {host} alias uplink"));
+    assert!(difference(&node, &pod).contains("has the alias \"uplink\""));
 }
 
 #[test]

@@ -39,7 +39,7 @@ pub fn request(line: &[u8]) {
                     assert!(wanted.ips.len() <= 2, "{:?}", wanted.ips);
                     wanted.attachment
                 }
-                Call::Release { attachment } => attachment,
+                Call::Release { attachment } | Call::Lease { attachment } => attachment,
                 _ => return,
             };
             assert!(!attachment.interface.as_str().contains(['/', '\0']));

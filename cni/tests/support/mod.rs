@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use ferrule_api::status::{PodRow, PodRows};
 use ferrule_api::{
-    Allocation, Answer, Call, CallError, Client, ErrorCode, HostPort, Reply, Request,
+    Allocation, Answer, Call, CallError, Client, ErrorCode, HostPort, Lease, Reply, Request,
 };
 use ferrule_model::names::{Attachment, ContainerId, IfName};
 use ferrule_model::ownership;
@@ -207,6 +207,13 @@ impl Agent {
                 Answer::Released
             }
             Call::Ready => Answer::Ready,
+            Call::Lease { attachment } => {
+                let found = leases.get(&attachment);
+                Answer::Lease(Lease {
+                    addresses: found.map_or_else(Vec::new, |found| found.addresses.clone()),
+                    ports: self.ports.lock().unwrap().clone().unwrap_or_default(),
+                })
+            }
             Call::Tidy => Answer::Tidied,
             // One at a time, so that parts are put together.
             Call::Pods { after } => {
