@@ -64,7 +64,11 @@ pub(crate) async fn run(
     let netns = Netns::open(request.netns)?;
     let attachment = request.attachment;
     // Until everything is made, or undone.
-    let _lock = lock::take(&config.agent_socket, attachment, lock::PATIENCE)?;
+    let _lock = lock::take(
+        &config.agent_socket,
+        attachment,
+        fault::patience(lock::PATIENCE),
+    )?;
     let sides = validate(&request, netns).await?;
     fault::reached(Step::Validated);
     let mut undo = Undo::default();

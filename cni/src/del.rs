@@ -40,7 +40,11 @@ pub(crate) async fn run(
 /// all the same: an ADD, which does not go on without one, can be beside us only
 /// if it had taken its own before the file system was full.
 fn locked(config: &Config, attachment: &Attachment) -> Result<Option<Lock>, LockError> {
-    match lock::take(&config.agent_socket, attachment, lock::PATIENCE) {
+    match lock::take(
+        &config.agent_socket,
+        attachment,
+        fault::patience(lock::PATIENCE),
+    ) {
         Ok(lock) => Ok(Some(lock)),
         Err(error @ LockError::Held { .. }) => Err(error),
         Err(LockError::NoAgent { .. }) => Ok(None),

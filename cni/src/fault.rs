@@ -1,6 +1,8 @@
-//! Named points at which a test can kill the plugin.
+//! Named points at which a test can kill the plugin, and a shorter patience for it.
 //!
 //! Without the cargo feature `fault-injection` nothing of this is compiled in.
+
+use std::time::Duration;
 
 /// Where a verb has just got to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +55,20 @@ pub(crate) fn reached(step: Step) {
         let _ =
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
+}
+
+/// How long to wait for another: `FERRULE_FAULT_PATIENCE` milliseconds, if a test says so.
+#[cfg(feature = "fault-injection")]
+pub(crate) fn patience(otherwise: Duration) -> Duration {
+    let given = std::env::var("FERRULE_FAULT_PATIENCE").ok();
+    let milliseconds = given.and_then(|given| given.parse().ok());
+    milliseconds.map_or(otherwise, Duration::from_millis)
+}
+
+/// A release waits for as long as it should.
+#[cfg(not(feature = "fault-injection"))]
+pub(crate) fn patience(otherwise: Duration) -> Duration {
+    otherwise
 }
 
 /// Does nothing in a release.

@@ -5,11 +5,14 @@
 
 mod support;
 
+use std::fs;
 use std::process::Command;
 
+use ferrule_model::ownership;
+use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
-use support::{Node, Pod, ip_json};
+use support::{Node, Pod, attachment, ip_json, our_links};
 
 /// The steps of a verb, as the plugin itself lists them.
 fn steps(verb: &str) -> Vec<String> {
@@ -97,6 +100,34 @@ fn del_finishes_what_a_killed_del_began() {
         node.del("abc", &pod.path());
         node.assert_clean();
     }
+}
+
+/// A killed plugin's lock ends with it; one that hangs is named.
+#[test]
+fn whoever_is_in_the_way_is_named_and_nothing_is_changed() {
+    let node = Node::new();
+    let pod = Pod::new();
+    node.add("abc", &pod);
+    let name = ownership::host_veth_name(&attachment("abc"));
+    let path = node.socket().with_file_name("locks").join(name.as_str());
+    let file = fs::File::create(&path).unwrap();
+    flock(&file, FlockOperation::LockExclusive).unwrap();
+    for verb in ["DEL", "ADD"] {
+        let patience = [("FERRULE_FAULT_PATIENCE", "50")];
+        let error = node
+            .call_with(verb, "abc", &pod.path(), &patience)
+            .error(11);
+        let said = error["msg"].as_str().unwrap();
+        let us = format!("process {}, is at work on abc/eth0", std::process::id());
+        assert!(said.contains(&us), "{verb}: {said}");
+        assert_eq!((our_links().len(), node.agent.leases()), (1, 1));
+        assert!(path.exists(), "{verb} took another's lock away");
+    }
+    // Its file stays, as that of a killed one does.
+    drop(file);
+    node.del("abc", &pod.path());
+    node.assert_clean();
+    assert!(!path.exists());
 }
 
 #[test]
