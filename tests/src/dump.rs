@@ -49,6 +49,24 @@ pub fn connections(namespace: &Netns, service: &str) -> anyhow::Result<Option<u6
     Ok(None)
 }
 
+/// Packets of clients counted by a virtual service since it was made. Where clients
+/// use a port again, as those of UDP do by chance, connections are fewer than calls.
+///
+/// # Errors
+/// When the kernel has no IPVS.
+pub fn packets(namespace: &Netns, service: &str) -> anyhow::Result<Option<u64>> {
+    for (line, _) in virtual_services(namespace, &["--stats", "--exact"])? {
+        // PROTOCOL ADDRESS CONNS INPKTS ...
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let [protocol, address, _, count, ..] = words.as_slice()
+            && format!("{protocol} {address}") == service
+        {
+            return Ok(Some(count.parse()?));
+        }
+    }
+    Ok(None)
+}
+
 fn virtual_services(
     namespace: &Netns,
     options: &[&str],
