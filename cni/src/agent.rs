@@ -53,6 +53,10 @@ pub(crate) enum LeaseError {
         attachment: Attachment,
         reason: String,
     },
+    #[error(
+        "mtu of the network configuration is {mtu}, and {attachment} gets an IPv6 address, which needs at least {MIN_MTU_IPV6}; give a larger one, or leave it out"
+    )]
+    Mtu { attachment: Attachment, mtu: u32 },
     #[error(transparent)]
     Withdraw(#[from] QueueError),
 }
@@ -64,7 +68,7 @@ impl LeaseError {
             Self::Down(source) | Self::Call { source, .. } => source.may_have_taken_effect(),
             // A refused call changed nothing.
             Self::Refused { .. } | Self::Withdraw(_) => false,
-            Self::Nonsense { .. } => true,
+            Self::Nonsense { .. } | Self::Mtu { .. } => true,
         }
     }
 }
@@ -95,6 +99,7 @@ impl From<LeaseError> for Failure {
                 ..
             }
             | LeaseError::Nonsense { .. } => Code::Agent,
+            LeaseError::Mtu { .. } => Code::InvalidConfiguration,
             LeaseError::Withdraw(_) => Code::Io,
         };
         Self::new(code, error.to_string())
@@ -131,6 +136,14 @@ pub(crate) fn allocate(
     };
     match answer {
         Answer::Allocated(allocation) => {
+            // It is known here only whether there is an IPv6 address.
+            if let Some(mtu) = mtu
+                && mtu < MIN_MTU_IPV6
+                && allocation.ips().any(|ip| ip.is_ipv6())
+            {
+                let attachment = attachment.clone();
+                return Err(LeaseError::Mtu { attachment, mtu });
+            }
             let allocation = Allocation {
                 mtu: mtu.unwrap_or(allocation.mtu),
                 ..allocation

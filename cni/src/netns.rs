@@ -3,12 +3,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::failure::{Code, Failure};
+
+/// `O_NONBLOCK`.
+const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
 
 /// The calling thread's own namespace.
 const OWN: &str = "/proc/thread-self/ns/net";
@@ -58,7 +61,10 @@ impl Netns {
             let path = path.to_owned();
             |source| NetnsError::Open { path, source }
         };
-        let pod = File::open(path).map_err(|source| {
+        // Who names a pipe in its place must not keep us waiting for the other end.
+        let mut options = File::options();
+        options.read(true).custom_flags(NONBLOCK);
+        let pod = options.open(path).map_err(|source| {
             if source.kind() == io::ErrorKind::NotFound {
                 NetnsError::Gone {
                     path: path.to_owned(),
@@ -106,4 +112,21 @@ impl Netns {
 
 fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
     move_into_thread_name_spaces(namespace, ThreadNameSpaceType::NETWORK).map_err(io::Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    #[test]
+    fn a_pipe_in_place_of_a_namespace_is_an_error_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let entered = Netns::open(&path).and_then(|netns| netns.inside(|| ()));
+        let error = entered.unwrap_err();
+        assert!(error.to_string().contains("cannot enter"), "{error}");
+    }
 }

@@ -39,7 +39,7 @@ pub enum NameError {
     ContainerId(String),
     /// CNI specification 1.1.0, `CNI_IFNAME`; kernel `dev_valid_name()`.
     #[error(
-        "interface name {0:?} must have 1 to 15 bytes without '/', ':', '%' or blanks, and not be '.' or '..'"
+        "interface name {0:?} must have 1 to 15 bytes without '/', ':', '%' or blanks, and not be '.', '..', 'all' or 'default'"
     )]
     IfName(String),
     /// CNI specification 1.1.0, `name` of the network configuration.
@@ -179,6 +179,9 @@ impl TryFrom<String> for IfName {
             || text.len() > Self::MAX_LEN
             || text == "."
             || text == ".."
+            // Folders of sysctls that are no interface.
+            || text == "all"
+            || text == "default"
             || text.chars().any(forbidden)
         {
             return Err(NameError::IfName(shown(&text)));
@@ -238,6 +241,8 @@ mod tests {
             "",
             ".",
             "..",
+            "all",
+            "default",
             "a/b",
             "a:b",
             "eth%d",

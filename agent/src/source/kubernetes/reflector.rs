@@ -48,6 +48,12 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_mins(2);
 /// How long a server without the kind is not asked again.
 const UNKNOWN_KIND: Duration = Duration::from_mins(10);
 
+/// A watch of this length did its work, whatever ended it.
+const LASTING: Duration = Duration::from_secs(10);
+
+/// How long a server may take to tell a whole list by watching.
+const LONGEST_LIST: Duration = Duration::from_mins(10);
+
 /// Failures at one version after which everything is listed anew.
 const STUCK: u32 = 3;
 
@@ -172,6 +178,8 @@ impl Reflector {
     pub(super) async fn run(mut self) {
         let mut pause = BACKOFF.0;
         let mut failures = 0;
+        // How often in a row a version was too old almost at once.
+        let mut gone = 0_u32;
         loop {
             let began = Instant::now();
             let before = self.version.clone();
@@ -182,6 +190,9 @@ impl Reflector {
             let moved = self.version != before;
             if moved {
                 failures = 0;
+            }
+            if began.elapsed() >= LASTING {
+                gone = 0;
             }
             let wait = match outcome {
                 Ok(()) => {
@@ -201,6 +212,19 @@ impl Reflector {
                         // Within a list: pages that outlive their state. All at once, then.
                         self.paging = false;
                     }
+                    gone = gone.saturating_add(1);
+                    if gone >= STUCK {
+                        let before = self.state.away.take();
+                        self.state.away = Some(Away {
+                            since: before.map_or_else(now, |away| away.since),
+                            words: "the server says of every version that it is too old".to_owned(),
+                            remedy: "see what ails the API server, or name another in apiServer"
+                                .to_owned(),
+                        });
+                    }
+                    // Each list that works makes the pause short again.
+                    let mut pause =
+                        (BACKOFF.0 * 2_u32.saturating_pow(gone.min(20) - 1)).min(BACKOFF.1);
                     grow(&mut pause)
                 }
                 // A server that has told of some has the kind, whatever it says now.
@@ -280,7 +304,13 @@ impl Reflector {
         };
         let mut frames = Frames::new(body);
         let mut fresh = BTreeSet::new();
+        let began = Instant::now();
         loop {
+            if began.elapsed() > LONGEST_LIST {
+                let words = format!("a list that is not whole after {LONGEST_LIST:?}");
+                let failure = self.servers.broke_off(&asked, Failure::nonsense(words));
+                return Err(Broken::NotStreamed(failure));
+            }
             let line = match frames.next(STREAMING_SILENCE).await {
                 Ok(Some(line)) => line,
                 Ok(None) => {

@@ -9,8 +9,8 @@ use std::borrow::Cow;
 
 use ferrule_model::kube::{Kind, Object, ObjectKey, namespace};
 use ferrule_model::names::ObjectName;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 /// Annotation of the bookmark behind the last initial event of a streaming list.
@@ -100,9 +100,18 @@ impl Status {
 
 #[derive(Deserialize)]
 struct ListBody<'a> {
-    metadata: ListMeta,
     #[serde(borrow, default)]
+    kind: Option<Cow<'a, str>>,
+    metadata: ListMeta,
+    /// `null` is an empty list, and what is not there none at all.
+    #[serde(borrow, default, deserialize_with = "present")]
     items: Option<Vec<&'a RawValue>>,
+}
+
+fn present<'de: 'a, 'a, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<&'a RawValue>>, D::Error> {
+    Option::deserialize(deserializer).map(|items| Some(items.unwrap_or_default()))
 }
 
 #[derive(Deserialize)]
@@ -124,6 +133,9 @@ struct EventBody<'a> {
 
 #[derive(Deserialize)]
 struct Head<'a> {
+    /// Stands in events and not in lists.
+    #[serde(borrow, default)]
+    kind: Option<Cow<'a, str>>,
     #[serde(borrow)]
     metadata: HeadMeta<'a>,
 }
@@ -155,9 +167,12 @@ struct BookmarkMeta {
 /// Decodes a part of a list of one kind.
 ///
 /// # Errors
-/// When it is no list, has no version or holds something without a name.
+/// When it is no list of that kind, has no version or holds something without a name.
+/// What another answers in its place (a table, the metadata alone, one object) would
+/// pass for a list in which everything is missing.
 pub(crate) fn page(kind: Kind, body: &[u8]) -> Result<Page, String> {
     let list: ListBody<'_> = json(body)?;
+    is_of_kind(list.kind.as_deref(), &format!("{kind}List"))?;
     let ListMeta {
         resource_version,
         next,
@@ -175,7 +190,7 @@ pub(crate) fn page(kind: Kind, body: &[u8]) -> Result<Page, String> {
             resource_version.is_empty(),
         ],
     );
-    let items = list.items.unwrap_or_default();
+    let items = list.items.ok_or("items: is missing in a list")?;
     let items = items.into_iter().map(|raw| item(kind, raw));
     Ok(Page {
         items: items.collect::<Result<_, _>>()?,
@@ -228,6 +243,7 @@ fn versioned(item: Item) -> Result<Item, String> {
 
 fn item(kind: Kind, raw: &RawValue) -> Result<Item, String> {
     let head: Head<'_> = json(raw.get().as_bytes())?;
+    is_of_kind(head.kind.as_deref(), &kind.to_string())?;
     let HeadMeta {
         name,
         namespace: place,
@@ -250,8 +266,29 @@ fn item(kind: Kind, raw: &RawValue) -> Result<Item, String> {
     })
 }
 
+fn is_of_kind(written: Option<&str>, expected: &str) -> Result<(), String> {
+    match written {
+        None | Some("") => Ok(()),
+        Some(written) if written == expected => Ok(()),
+        Some(written) => Err(format!(
+            "kind: {:?} instead of {expected}",
+            shortened(written)
+        )),
+    }
+}
+
+/// A Service without what it asks for is cut off: it would lose all it has.
+#[derive(Deserialize)]
+struct Whole {
+    #[serde(default)]
+    spec: Option<serde::de::IgnoredAny>,
+}
+
 fn object(kind: Kind, raw: &RawValue) -> Result<Object, String> {
     let bytes = raw.get().as_bytes();
+    if kind == Kind::Service && json::<Whole>(bytes)?.spec.is_none() {
+        return Err("spec: is missing".to_owned());
+    }
     Ok(match kind {
         Kind::Service => Object::Service(json(bytes)?),
         Kind::EndpointSlice => Object::EndpointSlice(json(bytes)?),
@@ -308,4 +345,65 @@ fn shortened(words: &str) -> String {
         line.push('…');
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What proxies and other servers answer in the place of a list would take away all
+    /// that is known.
+    #[test]
+    fn what_is_no_whole_list_of_the_kind_is_none() {
+        let meta = r#""metadata": {"resourceVersion": "5"}"#;
+        for (body, says) in [
+            (format!("{{{meta}}}"), "items: is missing"),
+            (
+                format!(r#"{{"kind": "PodList", "items": [], {meta}}}"#),
+                "instead of ServiceList",
+            ),
+            (
+                format!(r#"{{"kind": "Table", "rows": [], {meta}}}"#),
+                "instead of ServiceList",
+            ),
+            (
+                format!(r#"{{"kind": "PartialObjectMetadataList", "items": [], {meta}}}"#),
+                "instead of ServiceList",
+            ),
+            (
+                format!(r#"{{"kind": "Service", "spec": {{}}, {meta}}}"#),
+                "instead of ServiceList",
+            ),
+        ] {
+            let error = page(Kind::Service, body.as_bytes()).unwrap_err();
+            assert!(error.contains(says), "{body}: {error}");
+        }
+        for empty in ["[]", "null"] {
+            let body = format!(r#"{{"kind": "ServiceList", "items": {empty}, {meta}}}"#);
+            let page = page(Kind::Service, body.as_bytes()).unwrap();
+            assert!(page.items.is_empty() && page.next.is_none());
+        }
+    }
+
+    #[test]
+    fn an_event_about_another_kind_is_no_event() {
+        let object = r#"{"kind": "Pod", "metadata": {"name": "a", "resourceVersion": "5"}}"#;
+        for event in ["ADDED", "MODIFIED", "DELETED"] {
+            let line = format!(r#"{{"type": "{event}", "object": {object}}}"#);
+            let error = frame(Kind::Service, line.as_bytes()).unwrap_err();
+            assert!(error.contains("instead of Service"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_service_without_a_spec_is_not_read() {
+        for spec in ["", r#""spec": null,"#] {
+            let body = format!(
+                r#"{{"items": [{{{spec} "metadata": {{"name": "a"}}}}],
+                    "metadata": {{"resourceVersion": "5"}}}}"#
+            );
+            let page = page(Kind::Service, body.as_bytes()).unwrap();
+            assert_eq!(page.items[0].object, Err("spec: is missing".to_owned()));
+        }
+    }
 }

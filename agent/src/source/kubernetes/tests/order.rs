@@ -75,6 +75,28 @@ async fn a_server_that_streams_no_longer_is_listed_by_pages() {
     }
 }
 
+/// A server whose every watch is too old at once, and one that refuses every list so,
+/// are not asked in a circle, and are told.
+#[tokio::test(start_paused = true)]
+async fn versions_that_are_always_too_old_are_told_and_not_asked_for_in_a_circle() {
+    let server = ApiServer::new(Streaming::Refused);
+    server.put(service("a", 1)).unwrap();
+    let mut listener = Listener::to(&server);
+    listener.until_equal(&server).await;
+    server.set_faults(Faults::these(vec![Fault::Status(410, None); 10_000]));
+    server.end_watches();
+    let before = server.requests();
+    listener.listen(Duration::from_mins(5)).await;
+    let asked = server.requests() - before;
+    assert!(asked < 200, "{asked} requests in five minutes");
+    let away = format!("{:?}", listener.report);
+    assert!(away.contains("too old"), "{away}");
+    server.set_faults(Faults::none());
+    listener.listen(Duration::from_mins(5)).await;
+    assert_eq!(listener.report, Report::default());
+    assert_eq!(listener.gone, []);
+}
+
 /// A watch that is silent though its connection stands is given up, and another
 /// server is asked, within the time that a watch may last.
 #[tokio::test(start_paused = true)]
