@@ -148,7 +148,10 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
         () = server.serve(desk) => {}
         _ = terminate.recv() => info!("asked to stop; services and pods stay as they are"),
         _ = interrupt.recv() => info!("asked to stop; services and pods stay as they are"),
-        result = source => result.context("the source of facts ended")?,
+        result = source => {
+            result.context("the source of facts ended")?;
+            anyhow::bail!("the source of facts ended");
+        }
         result = reconciler => result.context("the reconciler ended")?,
         result = queue => result.context("the release queue ended")?,
         result = house => result.context("the housekeeping ended")?,

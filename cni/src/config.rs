@@ -132,21 +132,24 @@ impl Config {
     pub(crate) fn valid_attachments(&self) -> Result<BTreeSet<Attachment>, Failure> {
         let given = VALID_ATTACHMENTS
             .into_iter()
-            .find(|name| self.object.get(name).is_some());
-        let Some(name) = given else {
+            .filter(|name| self.object.get(name).is_some());
+        let given: Vec<&str> = given.collect();
+        if given.is_empty() {
             return Err(invalid(format!(
                 "{} is missing from the network configuration: without it GC cannot know what is in use",
                 VALID_ATTACHMENTS[0]
             )));
-        };
-        let list: Option<Vec<WireAttachment>> = self.field(name)?;
-        let attachments = list.unwrap_or_default().into_iter();
-        Ok(attachments
-            .map(|wire| Attachment {
+        }
+        // Where both names are given, what either lists is in use.
+        let mut valid = BTreeSet::new();
+        for name in given {
+            let list: Option<Vec<WireAttachment>> = self.field(name)?;
+            valid.extend(list.unwrap_or_default().into_iter().map(|wire| Attachment {
                 container_id: wire.container_id,
                 interface: wire.ifname,
-            })
-            .collect())
+            }));
+        }
+        Ok(valid)
     }
 
     /// A field that one verb needs; absent and `null` are the same.

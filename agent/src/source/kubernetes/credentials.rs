@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use hyper::Uri;
 use kube_client::Config;
 use kube_client::config::{KubeConfigOptions, Kubeconfig};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 
 use super::failure::chain;
 
@@ -146,6 +146,18 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
             (Err(_), Some(_)) => {}
             (Err(error), None) => return Err(wrong(format!("tokenFile {path}: {error}"))),
         }
+    }
+    // What is no header's value would end the program where the client is made.
+    if let Some(written) = config.auth_info.token.take() {
+        let bytes = written.expose_secret().as_bytes().to_vec();
+        let token = token(bytes).map_err(|problem| wrong(format!("token: {problem}")))?;
+        config.auth_info.token = Some(token);
+    }
+    let server = &config.cluster_url;
+    if server.host().is_none() || !matches!(server.scheme_str(), Some("http" | "https")) {
+        return Err(wrong(format!(
+            "server: {server} is no URL with https; write it like https://192.0.2.1:6443"
+        )));
     }
     // The environment's proxy is meant for others.
     config.proxy_url = None;

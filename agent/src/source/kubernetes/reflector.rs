@@ -191,7 +191,7 @@ impl Reflector {
             if moved {
                 failures = 0;
             }
-            if began.elapsed() >= LASTING {
+            if before.is_some() && began.elapsed() >= LASTING {
                 gone = 0;
             }
             let wait = match outcome {

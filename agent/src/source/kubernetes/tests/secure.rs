@@ -75,6 +75,29 @@ current-context: c
     Credentials::Kubeconfig(path)
 }
 
+/// What is no header's value or no URL ends a client's making, and with it the program.
+#[tokio::test]
+async fn a_kubeconfig_that_no_client_can_use_is_refused_in_words() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    let sound = "https://192.0.2.1:6443";
+    for (server, user, says) in [
+        (
+            sound,
+            "token: \"a\\nb\"",
+            "token: the token is empty, or more than a line",
+        ),
+        ("192.0.2.1:6443", "token: secret", "is no URL with https"),
+        ("ftp://192.0.2.1", "token: secret", "is no URL with https"),
+    ] {
+        let credentials = kubeconfig(folder, server, "", user);
+        let Err(error) = credentials.read(false).await else {
+            panic!("{server} {user}");
+        };
+        assert!(error.contains(says), "{server} {user}: {error}");
+    }
+}
+
 fn base64(text: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(text)
 }
