@@ -24,12 +24,12 @@ use super::wire::{self, Frame, Item};
 /// Objects of one page.
 const PAGE: usize = 500;
 
-/// How long a watch lasts before it is asked for anew: so a connection that is
 /// Most pages of a list, and most objects. A cluster has some hundred thousand at
 /// most; a server that goes on is none.
 const MOST_PAGES: usize = 10_000;
 const MOST_OBJECTS: usize = 1_000_000;
 
+/// How long a watch lasts before it is asked for anew: so a connection that is
 /// dead at the other end does not go unnoticed for long.
 const WATCH: (u64, u64) = (45, 60);
 
