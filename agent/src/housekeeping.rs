@@ -327,8 +327,6 @@ pub(crate) async fn keep(pods: Arc<Pods>) {
 
 #[cfg(test)]
 mod tests {
-    use ferrule_api::Wanted;
-    use ferrule_model::ipam::PodRange;
     use ferrule_model::names::{ContainerId, IfName};
     use ferrule_model::ownership::{device_alias, host_veth_mac, shaper_mac};
 
@@ -521,29 +519,5 @@ mod tests {
         // Neither lease nor alias: a stranger.
         let stranger = with(shaper(false), Vec::new());
         assert_eq!(duties(&[], &stranger, &at(50), &at(40), |_| true), []);
-    }
-
-    /// An interface of an ADD that came between the list of leases and the look is
-    /// taken for that of the lease in the list, which is older.
-    #[tokio::test]
-    async fn an_interface_whose_lease_was_asked_for_again_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let leases = Leases::open(&dir.path().join("leases")).unwrap();
-        leases.set_ranges(vec![PodRange::parse("10.1.0.0/28").unwrap()]);
-        let pods = Arc::new(Pods::new(leases, dir.path().to_owned(), 1500));
-        let who = attachment("a");
-        let add = |moment| {
-            pods.leases()
-                .allocate(&Wanted::new(who.clone()), moment)
-                .unwrap()
-        };
-        add(at(1));
-        let (_, _, seen) = pods.leases().page(None, 10).unwrap().remove(0);
-        // No device has it: what is tested is whether it would be removed.
-        let index = u32::MAX >> 1;
-        let removed = |record| remove(&pods, &who, index, Some(record));
-        assert!(removed(seen.clone()).await.unwrap());
-        add(at(200));
-        assert!(!removed(seen).await.unwrap(), "a live pod's interface");
     }
 }

@@ -7,22 +7,12 @@ use std::net::IpAddr;
 
 use ferrule_model::ownership::{HOST_VETH_PREFIX, ROUTE_PROTOCOL, SHAPER_PREFIX, owns_node_route};
 use ferrule_netlink::{Error, Protocol, RawMessage, Socket, route};
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NlasIterator};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol,
 };
-
-/// `RTM_NEWLINK`.
-const NEW_LINK: u16 = 16;
-
-/// Length of `struct ifinfomsg`, and of `struct nlattr`.
-const LINK_HEADER: usize = 16;
-const ATTRIBUTE_HEADER: usize = 4;
-
-/// `IFLA_IFNAME`.
-const IFLA_IFNAME: u16 = 3;
 
 /// What passed through an interface, seen from the pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,10 +96,9 @@ async fn devices(socket: &Socket) -> Result<(Vec<Device>, Vec<Device>), Error> {
 
 /// The device that a message is about, and its kind, if it has one.
 fn read(answer: &RawMessage) -> Option<(InfoKind, Device)> {
-    let link = match route::decode(answer) {
-        Ok(RouteNetlinkMessage::NewLink(link)) => link,
-        Ok(_) => return None,
-        Err(_) => return by_name(answer),
+    // A device of a kind that cannot be decoded is none of ours.
+    let Ok(RouteNetlinkMessage::NewLink(link)) = route::decode(answer) else {
+        return None;
     };
     let mut device = Device {
         index: link.header.index,
@@ -140,39 +129,6 @@ fn read(answer: &RawMessage) -> Option<(InfoKind, Device)> {
         }
     }
     Some((kind?, device))
-}
-
-/// What can be told of a device of which something cannot be decoded. By its name it
-/// may be a pod's: then it is there, and nobody's whom we could prove, so that
-/// nothing is released or removed on account of it.
-fn by_name(answer: &RawMessage) -> Option<(InfoKind, Device)> {
-    if answer.message_type != NEW_LINK {
-        return None;
-    }
-    let index = answer.body.get(4..8)?.try_into().ok()?;
-    let mut attributes = NlasIterator::new(answer.body.get(LINK_HEADER..)?);
-    let name = attributes.find_map(|attribute| {
-        let attribute = attribute.ok()?;
-        (attribute.kind() == IFLA_IFNAME).then(|| {
-            let end = usize::from(attribute.length());
-            let value = attribute.into_inner().get(ATTRIBUTE_HEADER..end);
-            let text = value.unwrap_or_default().split(|byte| *byte == 0).next();
-            String::from_utf8_lossy(text.unwrap_or_default()).into_owned()
-        })
-    })?;
-    let kind = if name.starts_with(HOST_VETH_PREFIX) {
-        InfoKind::Veth
-    } else if name.starts_with(SHAPER_PREFIX) {
-        InfoKind::Ifb
-    } else {
-        return None;
-    };
-    let device = Device {
-        index: u32::from_ne_bytes(index),
-        name,
-        ..Device::default()
-    };
-    Some((kind, device))
 }
 
 /// Interface and address of a route that the plugin made.
@@ -241,43 +197,4 @@ async fn order(message: RawMessage, flags: u16) -> Result<(), Error> {
 pub(crate) fn read_any(answer: &RawMessage) {
     let _device = read(answer);
     let _route = way_to_pod(answer);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn message(name: &str) -> RawMessage {
-        let mut link = LinkMessage::default();
-        link.header.index = 7;
-        link.attributes = vec![
-            LinkAttribute::IfName(name.to_owned()),
-            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth)]),
-            LinkAttribute::Mtu(1500),
-        ];
-        route::encode(RouteNetlinkMessage::NewLink(link))
-    }
-
-    #[test]
-    fn what_cannot_be_decoded_is_there_all_the_same() {
-        for name in ["fera", "feba", "eth0"] {
-            let mut answer = message(name);
-            answer.message_type = NEW_LINK;
-            let whole = read(&answer).map(|(_, device)| (device.index, device.name));
-            assert_eq!(whole, Some((7, name.to_owned())));
-            // An MTU of two bytes.
-            let place = answer.body.len() - 8;
-            answer.body.truncate(place);
-            answer.body.extend([6, 0, 4, 0, 1, 2, 0, 0]);
-            assert!(route::decode(&answer).is_err());
-            let found = read(&answer).map(|(kind, device)| (kind, device.index, device.name));
-            let expected = match name {
-                "fera" => Some(InfoKind::Veth),
-                "feba" => Some(InfoKind::Ifb),
-                _ => None,
-            };
-            let expected = expected.map(|kind| (kind, 7, name.to_owned()));
-            assert_eq!(found, expected);
-        }
-    }
 }
