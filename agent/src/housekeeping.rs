@@ -4,8 +4,9 @@
 //! They part when something was killed, the node was booted, a namespace was
 //! removed behind the runtime's back, or the lease file was lost. What is done
 //! about it never touches a live pod, and an ADD that is under way counts as
-//! live: [`duties`] decides from what was seen, and is pure; each duty is
-//! carried out only if the lease is still as it was then.
+//! live: [`duties`] decides from what was seen, and is pure. What ends something
+//! has to be seen twice ([`confirmed`]), and is carried out only if the lease is
+//! still as it was then. Where something cannot be read, nothing ends at all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -39,8 +40,8 @@ const FIRST_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) enum Duty {
     /// A pod that uses addresses without a lease gets one for them.
     Adopt(Attachment, Record),
-    /// A host end that no ADD will finish is removed, or a shaper without a pod; where
-    /// there is a lease, only if it is still this one.
+    /// A host end that no ADD will finish is removed, or a shaper without a pod; only if
+    /// its lease is still this one, or it still has none.
     Remove(Attachment, u32, Option<Record>),
     /// A lease whose pod is gone ends.
     Release(Attachment, Record),
@@ -98,7 +99,26 @@ pub(crate) fn duties(
     }
     duties.extend(without_lease(leases, seen, now));
     duties.extend(without_veth(leases, seen, &ends));
+    // What is absent from a list that could not be read whole may be there.
+    duties.retain(|duty| seen.unclear.is_empty() || !duty.ends_something());
     duties
+}
+
+/// The duties of a first look without those that end something and are none any more
+/// by a second: a list of interfaces is made while interfaces come.
+fn confirmed(first: Vec<Duty>, second: &[Duty]) -> Vec<Duty> {
+    let stands = |duty: &Duty| !duty.ends_something() || second.contains(duty);
+    first.into_iter().filter(stands).collect()
+}
+
+impl Duty {
+    /// Whether a live pod would suffer, were it a mistake.
+    fn ends_something(&self) -> bool {
+        match self {
+            Self::Remove(..) | Self::Release(..) => true,
+            Self::Adopt(..) | Self::Route(..) => false,
+        }
+    }
 }
 
 /// Shapers whose veth is gone: it is made before its shaper and removed before it,
@@ -168,7 +188,7 @@ fn may_live(path: &str) -> bool {
 /// address is leased: one that is in use without a lease could be chosen.
 ///
 /// # Errors
-/// When something could not be seen; nothing was changed then.
+/// When something could not be seen; nothing was ended then.
 pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<()> {
     let now = Moment::now();
     // Leases first: a pod that comes in between has an interface without one in
@@ -183,10 +203,9 @@ pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<(
         .collect();
     let seen = links::look().await?;
     let mut all = duties(&leases, &seen, &now, started, may_live);
-    if all.iter().any(|duty| matches!(duty, Duty::Remove(..))) {
-        // A list of interfaces is made while interfaces come: only what is wrong twice is.
-        let again = duties(&leases, &links::look().await?, &now, started, may_live);
-        all.retain(|duty| !matches!(duty, Duty::Remove(..)) || again.contains(duty));
+    if all.iter().any(Duty::ends_something) {
+        let again = links::look().await?;
+        all = confirmed(all, &duties(&leases, &again, &now, started, may_live));
     }
     let mut kept = BTreeSet::new();
     let mut unknown = Vec::new();
@@ -204,8 +223,22 @@ pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<(
     {
         return Err(error);
     }
+    ensure_clear(&seen)?;
     pods.note_look(Ok(()));
     Ok(())
+}
+
+/// That everything could be read: what an interface that could not be is in use with is unknown.
+fn ensure_clear(seen: &Seen) -> anyhow::Result<()> {
+    let Some(first) = seen.unclear.first() else {
+        return Ok(());
+    };
+    anyhow::bail!(
+        "{} of the kernel's answers about interfaces and routes cannot be decoded, so that no \
+         lease is ended and no interface removed (the first: {first}); look with `ip -d link show` \
+         for an interface that another program changed, and delete the pod that it belongs to",
+        seen.unclear.len()
+    )
 }
 
 /// Does one thing. What fails is told and tried again with the next look; an
@@ -260,20 +293,20 @@ async fn carry_out(
     Ok(())
 }
 
-/// Removes an interface, unless an ADD has asked for the attachment's lease since it
-/// was seen: every ADD does so before it makes one.
+/// Removes an interface, unless an ADD has asked for the attachment's lease since the
+/// leases were listed: every ADD does so before it makes one.
 async fn remove(
     pods: &Arc<Pods>,
     attachment: &Attachment,
     index: u32,
     record: Option<Record>,
 ) -> anyhow::Result<bool> {
-    if let Some(record) = record {
-        let who = attachment.clone();
-        let unchanged = on_disk(pods, move |leases| leases.is_unchanged(&who, &record));
-        if !unchanged.await? {
-            return Ok(false);
-        }
+    let who = attachment.clone();
+    let unchanged = on_disk(pods, move |leases| {
+        leases.is_unchanged(&who, record.as_ref())
+    });
+    if !unchanged.await? {
+        return Ok(false);
     }
     links::remove(index).await?;
     Ok(true)
@@ -326,198 +359,4 @@ pub(crate) async fn keep(pods: Arc<Pods>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use ferrule_model::names::{ContainerId, IfName};
-    use ferrule_model::ownership::{device_alias, host_veth_mac, shaper_mac};
-
-    use super::*;
-
-    fn attachment(container: &str) -> Attachment {
-        Attachment {
-            container_id: ContainerId::try_from(container.to_owned()).unwrap(),
-            interface: IfName::try_from("eth0".to_owned()).unwrap(),
-        }
-    }
-
-    fn at(seconds: u64) -> Moment {
-        Moment {
-            boot: "b".to_owned(),
-            seconds,
-        }
-    }
-
-    fn record(since: Option<Moment>, netns: Option<&str>) -> Record {
-        Record {
-            addresses: vec!["10.1.0.2".parse().unwrap()],
-            pod: None,
-            network: None,
-            netns: netns.map(str::to_owned),
-            since,
-            ports: Vec::new(),
-        }
-    }
-
-    fn end(container: &str, aliased: bool) -> Device {
-        let attachment = attachment(container);
-        Device {
-            index: 7,
-            name: host_veth_name(&attachment).to_string(),
-            alias: aliased.then(|| device_alias(&attachment, None)),
-            mac: Some(host_veth_mac(&attachment)),
-            ..Device::default()
-        }
-    }
-
-    fn seen(ends: Vec<Device>, has_route: bool) -> Seen {
-        let mut seen = Seen {
-            ends,
-            ..Seen::default()
-        };
-        if has_route {
-            let ips = BTreeSet::from(["10.1.0.2".parse().unwrap()]);
-            seen.routes.insert(7, ips);
-        }
-        seen
-    }
-
-    /// What is done 1,000 s after the boot about one lease of "a".
-    fn about(record: &Record, seen: &Seen) -> Vec<Duty> {
-        let leases = [(attachment("a"), record.clone())];
-        duties(&leases, seen, &at(1000), &at(10), |path| path == "/lives")
-    }
-
-    #[test]
-    fn a_lease_without_a_pod_ends_when_its_pod_is_provably_gone() {
-        let released = |record: &Record| vec![Duty::Release(attachment("a"), record.clone())];
-        let nothing = seen(Vec::new(), false);
-        for gone in [
-            record(Some(at(100)), Some("/gone")),
-            record(Some(at(100)), None),
-            record(None, None),
-            // Of another boot, however young.
-            record(
-                Some(Moment {
-                    boot: "a".to_owned(),
-                    seconds: 999,
-                }),
-                Some("/lives"),
-            ),
-        ] {
-            assert_eq!(about(&gone, &nothing), released(&gone), "{gone:?}");
-        }
-        for stays in [
-            // An ADD may be at work.
-            record(Some(at(1000 - GRACE)), Some("/gone")),
-            record(Some(at(2000)), Some("/gone")),
-            record(Some(at(100)), Some("/lives")),
-        ] {
-            assert_eq!(about(&stays, &nothing), [], "{stays:?}");
-        }
-        // An older agent's lease counts from this one's start.
-        let leases = [(attachment("a"), record(None, None))];
-        let young = duties(&leases, &nothing, &at(100), &at(10), |_| false);
-        assert_eq!(young, []);
-    }
-
-    #[test]
-    fn a_live_pod_is_left_alone() {
-        let live = seen(vec![end("a", true)], true);
-        for netns in [None, Some("/gone"), Some("/lives")] {
-            assert_eq!(about(&record(Some(at(100)), netns), &live), []);
-        }
-    }
-
-    #[test]
-    fn what_no_add_will_finish_is_removed() {
-        let record = record(Some(at(100)), Some("/lives"));
-        let half = seen(vec![end("a", false)], false);
-        assert_eq!(
-            about(&record, &half),
-            [
-                Duty::Remove(attachment("a"), 7, Some(record.clone())),
-                Duty::Release(attachment("a"), record.clone())
-            ]
-        );
-        let young = Record {
-            since: Some(at(900)),
-            ..record.clone()
-        };
-        assert_eq!(about(&young, &half), []);
-        // A stranger of that name is neither removed nor taken for the pod's.
-        let mut stranger = end("a", false);
-        stranger.mac = Some([2, 0, 0, 0, 0, 9]);
-        assert_eq!(about(&record, &seen(vec![stranger], false)), []);
-    }
-
-    #[test]
-    fn a_pod_whose_alias_was_changed_is_no_pod_that_is_gone() {
-        let record = record(Some(at(100)), Some("/gone"));
-        let mut renamed = end("a", true);
-        renamed.alias = Some("x".to_owned());
-        assert_eq!(about(&record, &seen(vec![renamed], true)), []);
-        // Nor is one whose interface nobody can find, while a route leads to it.
-        assert_eq!(about(&record, &seen(Vec::new(), true)), []);
-    }
-
-    #[test]
-    fn a_lost_route_comes_back() {
-        let record = record(Some(at(100)), Some("/lives"));
-        let ip = "10.1.0.2".parse().unwrap();
-        assert_eq!(
-            about(&record, &seen(vec![end("a", true)], false)),
-            [Duty::Route(attachment("a"), 7, ip)]
-        );
-    }
-
-    #[test]
-    fn a_pod_without_a_lease_gets_one() {
-        let found = duties(
-            &[],
-            &seen(vec![end("a", true)], true),
-            &at(50),
-            &at(40),
-            |_| true,
-        );
-        let record = record(Some(at(50)), None);
-        assert_eq!(found, [Duty::Adopt(attachment("a"), record)]);
-        // Whose veth it is has to be proven, and that it has addresses.
-        for ends in [vec![end("a", false)], Vec::new()] {
-            assert_eq!(
-                duties(&[], &seen(ends, true), &at(50), &at(40), |_| true),
-                []
-            );
-        }
-        let bare = seen(vec![end("a", true)], false);
-        assert_eq!(duties(&[], &bare, &at(50), &at(40), |_| true), []);
-    }
-
-    #[test]
-    fn a_shaper_goes_after_its_veth() {
-        let attachment = attachment("a");
-        let shaper = |aliased: bool| Device {
-            index: 9,
-            name: shaper_name(&attachment).to_string(),
-            alias: aliased.then(|| device_alias(&attachment, None)),
-            mac: Some(shaper_mac(&attachment)),
-            ..Device::default()
-        };
-        let with = |shaper: Device, ends| Seen {
-            shapers: vec![shaper],
-            ..seen(ends, true)
-        };
-        let young = record(Some(at(999)), None);
-        let removed = Duty::Remove(attachment.clone(), 9, Some(young.clone()));
-        for aliased in [true, false] {
-            let alone = with(shaper(aliased), Vec::new());
-            assert_eq!(about(&young, &alone), std::slice::from_ref(&removed));
-            let live = with(shaper(aliased), vec![end("a", true)]);
-            assert_eq!(about(&young, &live), []);
-        }
-        let alone = with(shaper(true), Vec::new());
-        let orphan = [Duty::Remove(attachment.clone(), 9, None)];
-        assert_eq!(duties(&[], &alone, &at(50), &at(40), |_| true), orphan);
-        // Neither lease nor alias: a stranger.
-        let stranger = with(shaper(false), Vec::new());
-        assert_eq!(duties(&[], &stranger, &at(50), &at(40), |_| true), []);
-    }
-}
+mod tests;

@@ -392,20 +392,25 @@ impl Leases {
         released.map_err(|fault| self.failed(&mut inner, fault))
     }
 
-    /// Whether a lease is still what it was.
+    /// Whether a lease is still what it was; `None` is that there is none.
     ///
     /// # Errors
     /// When it cannot be read.
     pub(crate) fn is_unchanged(
         &self,
         attachment: &Attachment,
-        record: &Record,
+        record: Option<&Record>,
     ) -> Result<bool, LeaseError> {
         let mut inner = self.opened()?;
         let read = inner.read(attachment);
         let read = read.map_err(|fault| self.failed(&mut inner, fault))?;
-        Ok(read
-            .is_some_and(|(_, value)| serde_json::from_str(&value).ok().as_ref() == Some(record)))
+        Ok(match (read, record) {
+            (None, None) => true,
+            (Some((_, value)), Some(record)) => {
+                serde_json::from_str(&value).ok().as_ref() == Some(record)
+            }
+            (None, Some(_)) | (Some(_), None) => false,
+        })
     }
 
     /// The lease of an attachment, if it has one.

@@ -5,9 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ferrule_model::ownership::{HOST_VETH_PREFIX, ROUTE_PROTOCOL, SHAPER_PREFIX, owns_node_route};
+use ferrule_model::ownership::{
+    HOST_VETH_PREFIX, ROUTE_PROTOCOL, SHAPER_PREFIX, is_of_a_pod, owns_node_route,
+};
 use ferrule_netlink::{Error, Protocol, RawMessage, Socket, route};
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NlasIterator};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{
@@ -42,63 +44,84 @@ pub(crate) struct Seen {
     pub(crate) shapers: Vec<Device>,
     /// By index of the interface.
     pub(crate) routes: BTreeMap<u32, BTreeSet<IpAddr>>,
+    /// What may be a device or route of a pod and cannot be decoded, in words. Where there is
+    /// any, nothing is known to be absent.
+    pub(crate) unclear: Vec<String>,
 }
 
 /// Looks at everything.
 ///
 /// # Errors
-/// [`Error`]; what is returned is complete.
+/// [`Error`]; what is returned is complete, but for what is named as unclear.
 pub(crate) async fn look() -> Result<Seen, Error> {
     let socket = Socket::open(Protocol::Route)?;
     // Routes first: a pod that is made in between has an end without routes, and
     // none has routes over an end that is not listed.
     let question = route::encode(RouteNetlinkMessage::GetRoute(RouteMessage::default()));
     let mut routes: BTreeMap<u32, BTreeSet<IpAddr>> = BTreeMap::new();
+    let mut unclear = Vec::new();
     for answer in socket.dump(question).await? {
-        if let Some((index, ip)) = way_to_pod(&answer) {
-            routes.entry(index).or_default().insert(ip);
+        match way_to_pod(&answer) {
+            Ok(Some((index, ip))) => {
+                routes.entry(index).or_default().insert(ip);
+            }
+            Ok(None) => {}
+            Err(words) => unclear.push(words),
         }
     }
-    let (ends, shapers) = devices(&socket).await?;
-    Ok(Seen {
-        ends,
-        shapers,
-        routes,
-    })
+    let mut seen = devices(&socket).await?;
+    seen.routes = routes;
+    seen.unclear.extend(unclear);
+    Ok(seen)
 }
 
 /// Counters by the name of the host's end.
 ///
 /// # Errors
-/// [`Error`]; what is returned is complete.
+/// [`Error`]; what is returned is complete, but for what cannot be decoded.
 pub(crate) async fn counters() -> Result<BTreeMap<String, Counters>, Error> {
-    let (ends, _) = devices(&Socket::open(Protocol::Route)?).await?;
-    Ok(ends.into_iter().map(|e| (e.name, e.counters)).collect())
+    let seen = devices(&Socket::open(Protocol::Route)?).await?;
+    let ends = seen.ends.into_iter();
+    Ok(ends.map(|e| (e.name, e.counters)).collect())
 }
 
-/// Host ends, and shapers.
-async fn devices(socket: &Socket) -> Result<(Vec<Device>, Vec<Device>), Error> {
+/// Everything but routes.
+async fn devices(socket: &Socket) -> Result<Seen, Error> {
     let question = route::encode(RouteNetlinkMessage::GetLink(LinkMessage::default()));
-    let (mut ends, mut shapers) = (Vec::new(), Vec::new());
-    for answer in socket.dump(question).await? {
-        match read(&answer) {
-            Some((InfoKind::Veth, end)) if end.name.starts_with(HOST_VETH_PREFIX) => {
-                ends.push(end);
+    Ok(sorted(&socket.dump(question).await?))
+}
+
+/// Host ends and shapers among devices, and what may be one.
+fn sorted(answers: &[RawMessage]) -> Seen {
+    let mut seen = Seen::default();
+    for answer in answers {
+        match read(answer) {
+            Ok(Some((InfoKind::Veth, end))) if end.name.starts_with(HOST_VETH_PREFIX) => {
+                seen.ends.push(end);
             }
-            Some((InfoKind::Ifb, shaper)) if shaper.name.starts_with(SHAPER_PREFIX) => {
-                shapers.push(shaper);
+            Ok(Some((InfoKind::Ifb, shaper))) if shaper.name.starts_with(SHAPER_PREFIX) => {
+                seen.shapers.push(shaper);
             }
-            _ => {}
+            Ok(_) => {}
+            Err(words) => seen.unclear.push(words),
         }
     }
-    Ok((ends, shapers))
+    seen
 }
 
-/// The device that a message is about, and its kind, if it has one.
-fn read(answer: &RawMessage) -> Option<(InfoKind, Device)> {
-    // A device of a kind that cannot be decoded is none of ours.
-    let Ok(RouteNetlinkMessage::NewLink(link)) = route::decode(answer) else {
-        return None;
+/// The device that a message is about, and its kind, if it has one. An error says which
+/// device it may be that cannot be decoded; one with a name unlike ours is nobody's concern.
+fn read(answer: &RawMessage) -> Result<Option<(InfoKind, Device)>, String> {
+    let link = match route::decode(answer) {
+        Ok(RouteNetlinkMessage::NewLink(link)) => link,
+        Ok(_) => return Ok(None),
+        Err(error) => {
+            return match unread_name(answer) {
+                Some(name) if !is_of_a_pod(&name) => Ok(None),
+                Some(name) => Err(format!("interface {name}: {error}")),
+                None => Err(format!("an interface without a legible name: {error}")),
+            };
+        }
     };
     let mut device = Device {
         index: link.header.index,
@@ -128,15 +151,38 @@ fn read(answer: &RawMessage) -> Option<(InfoKind, Device)> {
             _ => {}
         }
     }
-    Some((kind?, device))
+    Ok(kind.map(|kind| (kind, device)))
 }
 
-/// Interface and address of a route that the plugin made.
-fn way_to_pod(answer: &RawMessage) -> Option<(u32, IpAddr)> {
-    // A route of a kind that cannot be decoded is none of ours.
-    let Ok(RouteNetlinkMessage::NewRoute(message)) = route::decode(answer) else {
-        return None;
-    };
+/// The name in a message about a link of which something else cannot be decoded.
+fn unread_name(answer: &RawMessage) -> Option<String> {
+    /// Bytes of `struct ifinfomsg`, which stands before the attributes.
+    const HEADER: usize = 16;
+    const IFLA_IFNAME: u16 = 3;
+    let attributes = NlasIterator::new(answer.body.get(HEADER..)?);
+    let name = attributes
+        .map_while(Result::ok)
+        .find(|attribute| attribute.kind() == IFLA_IFNAME)?;
+    let name = name.value().split(|byte| *byte == 0).next()?;
+    (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned())
+}
+
+/// Interface and address of a route that the plugin made. An error tells of one that
+/// may be such and cannot be decoded.
+fn way_to_pod(answer: &RawMessage) -> Result<Option<(u32, IpAddr)>, String> {
+    /// Place of `rtm_protocol` in `struct rtmsg`.
+    const PROTOCOL: usize = 5;
+    match route::decode(answer) {
+        Ok(RouteNetlinkMessage::NewRoute(message)) => Ok(to_pod(&message)),
+        Ok(_) => Ok(None),
+        Err(error) => match answer.body.get(PROTOCOL) {
+            Some(protocol) if *protocol != ROUTE_PROTOCOL => Ok(None),
+            _ => Err(format!("a route: {error}")),
+        },
+    }
+}
+
+fn to_pod(message: &RouteMessage) -> Option<(u32, IpAddr)> {
     let header = &message.header;
     let protocol = u8::from(header.protocol);
     let (mut index, mut ip, mut gateway) = (None, None, false);
@@ -198,3 +244,6 @@ pub(crate) fn read_any(answer: &RawMessage) {
     let _device = read(answer);
     let _route = way_to_pod(answer);
 }
+
+#[cfg(test)]
+mod tests;

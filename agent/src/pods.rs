@@ -18,8 +18,9 @@ use tracing::{error, info, warn};
 
 use crate::clock::Moment;
 use crate::housekeeping::Tally;
-use crate::leases::{LeaseError, Leases, Record};
+use crate::leases::{LeaseError, Leases, Record, Trouble};
 use crate::links::Counters;
+use crate::reconcile::now;
 
 /// Time between two looks at the queue of releases; a release in it only holds an address back.
 const QUEUE_INTERVAL: Duration = Duration::from_secs(10);
@@ -27,13 +28,13 @@ const QUEUE_INTERVAL: Duration = Duration::from_secs(10);
 /// Bytes of a reply that rows of a listing may take; the rest is what stands around them.
 const ROOM: usize = MAX_LINE - 4096;
 
-/// How the first comparison of pods' interfaces with the leases stands.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-enum Looking {
-    #[default]
-    NotYet,
-    Failed(String),
-    Done,
+/// How the comparison of pods' interfaces with the leases stands.
+#[derive(Debug, Default)]
+struct Looking {
+    /// It has worked once.
+    done: bool,
+    /// Why it does not work at present.
+    trouble: Option<Trouble>,
 }
 
 /// Answers calls about pods.
@@ -68,7 +69,7 @@ impl Pods {
 
     /// Whether it is known which addresses are in use without a lease.
     pub(crate) fn has_looked(&self) -> bool {
-        *self.looking() == Looking::Done
+        self.looking().done
     }
 
     /// Who has it looks; others wait.
@@ -77,18 +78,30 @@ impl Pods {
     }
 
     /// Takes in how a comparison of pods' interfaces with the leases ended. After the
-    /// first that worked, addresses can be leased. Whether the outcome is another one
+    /// first that worked, addresses can be leased. Whether it failed for another reason
     /// than before is returned.
     pub(crate) fn note_look(&self, outcome: Result<(), String>) -> bool {
         let mut looking = self.looking();
-        let now = match outcome {
-            Ok(()) => Looking::Done,
-            Err(_) if *looking == Looking::Done => return true,
-            Err(words) => Looking::Failed(words),
+        let Err(words) = outcome else {
+            *looking = Looking {
+                done: true,
+                trouble: None,
+            };
+            return false;
         };
-        let news = *looking != now;
-        *looking = now;
+        let before = looking.trouble.take();
+        let news = before.as_ref().is_none_or(|before| before.words != words);
+        looking.trouble = Some(Trouble {
+            words,
+            since: before.as_ref().map_or_else(now, |before| before.since),
+            attempts: before.map_or(0, |before| before.attempts) + 1,
+        });
         news
+    }
+
+    /// Why pods' interfaces cannot be compared with the leases at present.
+    pub(crate) fn look_trouble(&self) -> Option<Trouble> {
+        self.looking().trouble.clone()
     }
 
     fn looking(&self) -> MutexGuard<'_, Looking> {
@@ -203,13 +216,14 @@ impl Pods {
     }
 
     fn check_looked(&self) -> Result<(), CallError> {
-        let (code, message) = match &*self.looking() {
-            Looking::Done => return Ok(()),
-            Looking::NotYet => (
+        let looking = self.looking();
+        let (code, message) = match &looking.trouble {
+            _ if looking.done => return Ok(()),
+            None => (
                 ErrorCode::NotReady,
                 "the agent has just started and does not know yet which addresses are in use on this node; ask again in a moment".to_owned(),
             ),
-            Looking::Failed(words) => (
+            Some(Trouble { words, .. }) => (
                 ErrorCode::Internal,
                 format!("the agent cannot find out which addresses are in use on this node: {words}"),
             ),

@@ -213,8 +213,8 @@ fn a_lease_ends_only_while_it_should() {
     assert!(leases.adopt(&attachment(3), &record).unwrap());
     assert!(!leases.adopt(&attachment(3), &record).unwrap());
     assert!(!leases.adopt(&attachment(4), &record).unwrap(), "another's");
-    assert!(leases.is_unchanged(&attachment(3), &record).unwrap());
-    assert!(!leases.is_unchanged(&attachment(4), &record).unwrap());
+    assert!(leases.is_unchanged(&attachment(3), Some(&record)).unwrap());
+    assert!(!leases.is_unchanged(&attachment(4), Some(&record)).unwrap());
     drop(leases);
     let again = Leases::open(&path).unwrap();
     assert_eq!(again.page(None, 9).unwrap()[0].2, record);

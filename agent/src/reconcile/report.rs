@@ -212,6 +212,7 @@ impl Reconciler {
         problems.extend(self.source.problems(self.complete));
         problems.extend(self.pool_problems());
         problems.extend(self.lease_problem());
+        problems.extend(self.look_problem());
         let problem_count = problems.len();
         problems.truncate(MAX_LISTED);
         for problem in &mut problems {
@@ -369,6 +370,19 @@ impl Reconciler {
         Some(Problem {
             object: "leases".to_owned(),
             problem: format!("no address can be leased or released: {problem}"),
+            remedy,
+            since: trouble.since,
+            attempts: trouble.attempts,
+        })
+    }
+
+    /// What is left behind stays, and before the first look nobody gets an address.
+    fn look_problem(&self) -> Option<Problem> {
+        let trouble = self.pods.look_trouble()?;
+        let (problem, remedy) = with_remedy(&trouble.words);
+        Some(Problem {
+            object: "pods' interfaces".to_owned(),
+            problem: format!("cannot be compared with the leases: {problem}"),
             remedy,
             since: trouble.since,
             attempts: trouble.attempts,
