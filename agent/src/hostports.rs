@@ -167,10 +167,12 @@ pub(crate) fn pod_name(attachment: &Attachment, pod: Option<&PodName>) -> Object
 
 /// Answers an `allocate` with host ports: when the answer says that they are
 /// there, they are in the kernel. In every other case nothing stays leased.
-pub(crate) async fn allocate(pods: &Arc<Pods>, asker: &Asker, wanted: Box<Wanted>) -> Answer {
+pub(crate) async fn allocate(pods: &Arc<Pods>, asker: &Asker, mut wanted: Box<Wanted>) -> Answer {
     if let Err(error) = host_ports::check(&wanted.ports) {
         return Answer::Error(bad_ports(&error));
     }
+    // Which conflict is told must not depend on the order in which a runtime tells them.
+    wanted.ports.sort_unstable();
     let (attachment, ports) = (wanted.attachment.clone(), wanted.ports.len());
     let answer = Arc::clone(pods).call(Call::Allocate(wanted)).await;
     if !matches!(answer, Answer::Allocated(_)) {

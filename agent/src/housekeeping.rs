@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use ferrule_model::names::Attachment;
 use ferrule_model::ownership::{
-    host_veth_name, owns_host_veth, owns_shaper, read_alias, shaper_name,
+    host_veth_name, is_alias, owns_host_veth, owns_shaper, read_alias, shaper_name,
 };
 use tracing::{info, warn};
 
@@ -121,6 +121,35 @@ impl Duty {
     }
 }
 
+/// Addresses that no lease has and a pod uses, each with its interface: what cannot be
+/// adopted must not be given to another all the same.
+fn loose(leases: &[(Attachment, Record)], seen: &Seen) -> BTreeMap<IpAddr, String> {
+    let held = leases.iter().flat_map(|(_, record)| &record.addresses);
+    let held: BTreeSet<&IpAddr> = held.collect();
+    let mut loose = BTreeMap::new();
+    for (index, addresses) in seen.routes.iter().chain(&seen.inside) {
+        let end = seen.ends.iter().find(|end| end.index == *index);
+        for ip in addresses.iter().filter(|ip| !held.contains(ip)) {
+            let name = end.map_or_else(|| format!("interface {index}"), |end| end.name.clone());
+            loose.insert(*ip, name);
+        }
+    }
+    loose
+}
+
+/// Everything, with what is inside of pods that may have to be adopted.
+async fn look(leases: &[(Attachment, Record)]) -> anyhow::Result<Seen> {
+    let known = leases.iter().map(|(attachment, _)| attachment);
+    let known: BTreeSet<String> = known.map(|a| host_veth_name(a).to_string()).collect();
+    let mut seen = links::look().await?;
+    links::look_inside(&mut seen, |end| {
+        let alias = end.alias.as_deref();
+        !known.contains(&end.name) && alias.is_some_and(is_alias)
+    })
+    .await?;
+    Ok(seen)
+}
+
 /// Shapers whose veth is gone: it is made before its shaper and removed before it,
 /// but where a namespace vanishes the kernel removes the veth alone.
 fn without_veth(
@@ -160,12 +189,14 @@ fn without_lease(
     let known: BTreeSet<&Attachment> = leases.iter().map(|(attachment, _)| attachment).collect();
     seen.ends.iter().filter_map(move |end| {
         let (attachment, network) = read_alias(&end.name, end.alias.as_deref()?)?;
-        let addresses = seen.routes.get(&end.index)?;
-        if known.contains(&attachment) {
+        // A route may be lost, and no other pod must get that address.
+        let found = [seen.routes.get(&end.index), seen.inside.get(&end.index)];
+        let addresses: Vec<IpAddr> = found.into_iter().flatten().flatten().copied().collect();
+        if known.contains(&attachment) || addresses.is_empty() {
             return None;
         }
         let record = Record {
-            addresses: addresses.iter().copied().collect(),
+            addresses,
             pod: None,
             network,
             netns: None,
@@ -201,10 +232,14 @@ pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<(
         .into_iter()
         .map(|(_, a, record)| (a, record))
         .collect();
-    let seen = links::look().await?;
+    let seen = look(&leases).await?;
+    let mut in_use = loose(&leases, &seen);
     let mut all = duties(&leases, &seen, &now, started, may_live);
-    if all.iter().any(Duty::ends_something) {
-        let again = links::look().await?;
+    if all.iter().any(Duty::ends_something) || !in_use.is_empty() {
+        let again = look(&leases).await?;
+        // A pod that came and went in the meantime uses nothing.
+        let still = loose(&leases, &again);
+        in_use.retain(|ip, _| still.contains_key(ip));
         all = confirmed(all, &duties(&leases, &again, &now, started, may_live));
     }
     let mut kept = BTreeSet::new();
@@ -217,6 +252,7 @@ pub(crate) async fn tidy(pods: &Arc<Pods>, started: &Moment) -> anyhow::Result<(
             unknown.push(error);
         }
     }
+    pods.withhold(in_use, seen.unclear.is_empty());
     // Addresses in use that are not leased could be chosen.
     if let Some(error) = unknown.pop()
         && !pods.has_looked()
@@ -251,8 +287,12 @@ async fn carry_out(
     let (what, attachment, result) = match duty {
         Duty::Adopt(attachment, record) => {
             let who = attachment.clone();
-            let adopted = on_disk(pods, move |leases| leases.adopt(&who, &record));
-            ("adopted", attachment, adopted.await)
+            let adopted = on_disk(pods, move |leases| leases.adopt(&who, &record)).await;
+            if matches!(adopted, Ok(true)) {
+                // They stood in the lease alone.
+                warn!(container_id = %attachment.container_id, interface = %attachment.interface, "a pod without a lease got one; its host ports, if it had any, are served when it is made anew");
+            }
+            ("adopted", attachment, adopted)
         }
         Duty::Remove(attachment, index, record) => {
             let removed = remove(pods, &attachment, index, record).await;

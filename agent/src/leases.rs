@@ -10,6 +10,7 @@
 
 pub(crate) mod file;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::IpAddr;
 use std::ops::Bound;
@@ -210,6 +211,7 @@ impl Leases {
         match reopen(&self.path) {
             Ok((database, mut stored)) => {
                 stored.ledger.set_ranges(inner.ledger.ranges().to_vec());
+                stored.ledger.withhold(inner.ledger.withheld().collect());
                 inner.database = Some(database);
                 inner.ledger = stored.ledger;
                 inner.ports.become_these(stored.ports);
@@ -283,7 +285,9 @@ impl Leases {
                     ip: *ip,
                 });
             }
-            if inner.ports.ports_of(attachment) != wanted.ports {
+            // A runtime may tell them in another order at its second attempt.
+            let set = |ports: &[HostPort]| ports.iter().copied().collect::<BTreeSet<_>>();
+            if set(inner.ports.ports_of(attachment)) != set(&wanted.ports) {
                 return Err(LeaseError::OtherPorts(attachment.clone()));
             }
             held.clone()
@@ -341,6 +345,14 @@ impl Leases {
             error!(%error, "an address was leased meanwhile");
         }
         Ok(true)
+    }
+
+    /// Holds addresses back that are in use without a lease; see [`Ledger::withhold`].
+    /// Which of them have none is returned.
+    pub(crate) fn withhold(&self, in_use: BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
+        let mut inner = self.lock();
+        inner.ledger.withhold(in_use);
+        inner.ledger.withheld().collect()
     }
 
     /// Ends a lease if its record is still one that should end, which an ADD
@@ -471,10 +483,13 @@ impl Leases {
             let leased = inner.ledger.leases().flat_map(|(_, ips)| ips);
             let used = leased.filter(|ip| range.offers(**ip)).count();
             let used = u64::try_from(used).unwrap_or(u64::MAX);
+            let withheld = inner.ledger.withheld().filter(|ip| range.offers(*ip));
+            let withheld = u64::try_from(withheld.count()).unwrap_or(u64::MAX);
+            let taken = used.saturating_add(withheld);
             RangeStatus {
                 range: range.network().to_string(),
                 used,
-                free: u64::from(range.capacity()).saturating_sub(used),
+                free: u64::from(range.capacity()).saturating_sub(taken),
             }
         });
         ranges.collect()

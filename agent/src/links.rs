@@ -10,11 +10,15 @@ use ferrule_model::ownership::{
 };
 use ferrule_netlink::{Error, Protocol, RawMessage, Socket, route};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NlasIterator};
-use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol,
 };
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+/// Most addresses inside of one pod that count where no route says which are its own.
+const MOST_INSIDE: usize = 8;
 
 /// What passed through an interface, seen from the pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,6 +37,8 @@ pub(crate) struct Device {
     pub(crate) alias: Option<String>,
     pub(crate) mac: Option<[u8; 6]>,
     pub(crate) counters: Counters,
+    /// Where its other end is: the index there, and the namespace's ID here.
+    pub(crate) peer: Option<(u32, i32)>,
 }
 
 /// Which devices there are, and to which addresses routes of the plugin lead over each.
@@ -44,6 +50,9 @@ pub(crate) struct Seen {
     pub(crate) shapers: Vec<Device>,
     /// By index of the interface.
     pub(crate) routes: BTreeMap<u32, BTreeSet<IpAddr>>,
+    /// Addresses inside of pods that no route leads to, by index of the host's end; only
+    /// of those that [`look_inside`] was asked about.
+    pub(crate) inside: BTreeMap<u32, BTreeSet<IpAddr>>,
     /// What may be a device or route of a pod and cannot be decoded, in words. Where there is
     /// any, nothing is known to be absent.
     pub(crate) unclear: Vec<String>,
@@ -73,6 +82,93 @@ pub(crate) async fn look() -> Result<Seen, Error> {
     seen.routes = routes;
     seen.unclear.extend(unclear);
     Ok(seen)
+}
+
+/// Looks at the addresses inside of pods, beyond those that routes lead to. What cannot be
+/// found out is unclear then.
+///
+/// # Errors
+/// [`Error`]
+pub(crate) async fn look_inside(
+    seen: &mut Seen,
+    concerns: impl Fn(&Device) -> bool,
+) -> Result<(), Error> {
+    let asked: Vec<&Device> = seen.ends.iter().filter(|end| concerns(end)).collect();
+    if asked.is_empty() {
+        return Ok(());
+    }
+    let socket = Socket::open(Protocol::Route)?;
+    let routed: BTreeSet<IpAddr> = seen.routes.values().flatten().copied().collect();
+    let mut unclear = Vec::new();
+    for end in asked {
+        let Some(peer) = end.peer else { continue };
+        match addresses_at(&socket, peer).await {
+            Ok(mut addresses) => {
+                addresses.retain(|ip| !routed.contains(ip));
+                seen.inside.insert(end.index, addresses);
+            }
+            Err(error) => unclear.push((end.index, end.peer, &end.name, error)),
+        }
+    }
+    if !unclear.is_empty() {
+        // A pod that has gone meanwhile has no address.
+        let still = devices(&socket).await?.ends;
+        unclear.retain(|(index, peer, ..)| {
+            let mut ends = still.iter();
+            ends.any(|end| end.index == *index && end.peer == *peer)
+        });
+    }
+    let words = unclear.into_iter();
+    seen.unclear.extend(words.map(|(_, _, name, error)| {
+        format!("interface {name}, whose pod's addresses cannot be read: {error}")
+    }));
+    Ok(())
+}
+
+/// Addresses as the plugin makes them, at an interface of another namespace.
+async fn addresses_at(
+    socket: &Socket,
+    (index, namespace): (u32, i32),
+) -> Result<BTreeSet<IpAddr>, Error> {
+    let mut found = BTreeSet::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut message = AddressMessage::default();
+        message.header.family = family;
+        message.header.index = index;
+        message.attributes = vec![AddressAttribute::TargetNetNsId(namespace)];
+        let question = route::encode(RouteNetlinkMessage::GetAddress(message));
+        let answers = match socket.dump(question).await {
+            Err(error) if error.is_not_found() => continue,
+            answers => answers?,
+        };
+        for answer in answers {
+            if let RouteNetlinkMessage::NewAddress(message) = route::decode(&answer)?
+                && let Some(ip) = of_a_pod(&message, index, namespace)
+            {
+                found.insert(ip);
+            }
+        }
+    }
+    // A pod may give itself more, but has no claim to them.
+    Ok(found.into_iter().take(MOST_INSIDE).collect())
+}
+
+/// The address in a message, if it is of that interface and one that the plugin may have made.
+fn of_a_pod(message: &AddressMessage, index: u32, namespace: i32) -> Option<IpAddr> {
+    // A kernel that overlooks the namespace answers for this one.
+    let there = AddressAttribute::TargetNetNsId(namespace);
+    if message.header.index != index || !message.attributes.contains(&there) {
+        return None;
+    }
+    let ip = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            AddressAttribute::Address(ip) => Some(*ip),
+            _ => None,
+        })?;
+    let made = message.header.prefix_len == whole(ip);
+    (made && message.header.scope == AddressScope::Universe).then_some(ip)
 }
 
 /// Counters by the name of the host's end.
@@ -127,9 +223,12 @@ fn read(answer: &RawMessage) -> Result<Option<(InfoKind, Device)>, String> {
         index: link.header.index,
         ..Device::default()
     };
-    let mut kind = None;
+    let (mut kind, mut peer, mut namespace) = (None, None, None);
     for attribute in link.attributes {
         match attribute {
+            LinkAttribute::Link(index) => peer = Some(index),
+            // A namespace that is going has none.
+            LinkAttribute::LinkNetNsId(id) => namespace = Some(id).filter(|id| *id >= 0),
             LinkAttribute::IfName(name) => device.name = name,
             LinkAttribute::IfAlias(alias) => device.alias = Some(alias),
             LinkAttribute::Address(bytes) => device.mac = bytes.as_slice().try_into().ok(),
@@ -151,6 +250,7 @@ fn read(answer: &RawMessage) -> Result<Option<(InfoKind, Device)>, String> {
             _ => {}
         }
     }
+    device.peer = peer.zip(namespace);
     Ok(kind.map(|kind| (kind, device)))
 }
 

@@ -48,6 +48,7 @@ pub(crate) struct Pods {
     looking: Mutex<Looking>,
     turn: tokio::sync::Mutex<()>,
     tidied: Mutex<Tally>,
+    loose: Mutex<BTreeMap<IpAddr, String>>,
 }
 
 impl Pods {
@@ -60,6 +61,7 @@ impl Pods {
             looking: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
             tidied: Mutex::default(),
+            loose: Mutex::default(),
         }
     }
 
@@ -106,6 +108,27 @@ impl Pods {
 
     fn looking(&self) -> MutexGuard<'_, Looking> {
         self.looking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has addresses given to nobody that are in use without a lease, each with the
+    /// interface that uses it. Where not all was `seen`, those of before stay so.
+    pub(crate) fn withhold(&self, mut in_use: BTreeMap<IpAddr, String>, seen: bool) {
+        let mut loose = self.loose.lock().unwrap_or_else(PoisonError::into_inner);
+        if !seen {
+            in_use.extend(std::mem::take(&mut *loose));
+        }
+        let withheld = self.leases.withhold(in_use.keys().copied().collect());
+        in_use.retain(|ip, _| withheld.contains(ip));
+        if *loose != in_use && !in_use.is_empty() {
+            warn!(addresses = ?in_use, "addresses are in use by interfaces that cannot be given a lease; nobody else gets them");
+        }
+        *loose = in_use;
+    }
+
+    /// Addresses that are in use without a lease, with the interface that uses each.
+    pub(crate) fn withheld(&self) -> BTreeMap<IpAddr, String> {
+        let loose = self.loose.lock();
+        loose.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Counts what housekeeping did.
@@ -358,7 +381,9 @@ fn call_error(error: &LeaseError) -> CallError {
             ErrorCode::PoolExhausted,
             "; remove pods, or give the node a larger pod range",
         ),
-        LeaseError::Choose(ChooseError::NotOffered { .. } | ChooseError::Taken { .. })
+        LeaseError::Choose(
+            ChooseError::NotOffered { .. } | ChooseError::Taken { .. } | ChooseError::InUse(_),
+        )
         | LeaseError::HasOthers { .. } => (
             ErrorCode::AddressTaken,
             "; ask for another one, or for none",

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::process::Command;
 use tokio::time::timeout;
-use tracing::debug;
+use tracing::{debug, warn};
 
 /// A kernel module and what needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +77,35 @@ pub async fn load() -> Vec<Module> {
     missing
 }
 
+/// What could not be loaded at the last attempt. An agent that cannot program services tries
+/// again for as long as it runs; its log says what is missing only when that changes.
+#[derive(Debug, Default)]
+pub struct Missing(Vec<Module>);
+
+impl Missing {
+    /// Loads what is not there yet, as [`load`] does.
+    pub async fn load(&mut self) {
+        let missing = load().await;
+        if self.note(missing) {
+            let names: Vec<&str> = self.0.iter().map(|module| module.name).collect();
+            let mut serves: Vec<&str> = self.0.iter().map(|module| module.serves).collect();
+            serves.dedup();
+            warn!(
+                modules = names.join(" "),
+                needed_for = serves.join(", "),
+                "kernel modules could not be loaded; what needs them fails and says so"
+            );
+        }
+    }
+
+    /// Whether there is something to tell.
+    fn note(&mut self, missing: Vec<Module>) -> bool {
+        let news = missing != self.0 && !missing.is_empty();
+        self.0 = missing;
+        news
+    }
+}
+
 /// What is built in counts as loaded, the program says.
 async fn load_one(program: &str, module: &str) -> bool {
     let child = Command::new(program)
@@ -89,4 +118,20 @@ async fn load_one(program: &str, module: &str) -> bool {
     let outcome = timeout(TIMEOUT, child).await;
     debug!(program, module, ?outcome, "module asked for");
     matches!(outcome, Ok(Ok(status)) if status.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_told_when_it_changes() {
+        let mut missing = Missing::default();
+        assert!(!missing.note(Vec::new()));
+        assert!(missing.note(NEEDED[..2].to_vec()));
+        assert!(!missing.note(NEEDED[..2].to_vec()), "told already");
+        assert!(missing.note(NEEDED[..1].to_vec()));
+        assert!(!missing.note(Vec::new()), "nothing is missing any more");
+        assert!(missing.note(NEEDED[..1].to_vec()), "again");
+    }
 }

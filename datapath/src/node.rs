@@ -14,7 +14,7 @@ use ferrule_model::service::{Scheduler, Scheduling, VirtualService, Weight};
 use ferrule_model::source_nat::SourceNat;
 use ferrule_netlink::{Error, Protocol, Socket};
 use rustix::io::Errno;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::apply::{ChangeError, Kernel};
 use crate::audit::{Loaded, load_filter};
@@ -131,27 +131,15 @@ pub struct Node {
 }
 
 impl Node {
-    /// Prepares the kernel of the calling thread's network namespace: modules,
-    /// sysctls, the VIP device, the guard and source NAT. Idempotent. With `keep`,
+    /// Prepares the kernel of the calling thread's network namespace: sysctls, the VIP
+    /// device, the guard and source NAT. Modules are the caller's part
+    /// ([`modules::Missing::load`]). Idempotent. With `keep`,
     /// rules of source NAT that are there stay as they are until
     /// [`Node::set_source_nat`]: for who does not know yet what they should be.
     ///
     /// # Errors
     /// [`OpenError`]; what was prepared stays and does no harm.
     pub async fn open(settings: Settings, nat: SourceNat, keep: bool) -> Result<Self, OpenError> {
-        if settings.load_modules {
-            let missing = modules::load().await;
-            if !missing.is_empty() {
-                let names: Vec<&str> = missing.iter().map(|module| module.name).collect();
-                let mut serves: Vec<&str> = missing.iter().map(|module| module.serves).collect();
-                serves.dedup();
-                warn!(
-                    modules = names.join(" "),
-                    needed_for = serves.join(", "),
-                    "kernel modules could not be loaded; what needs them fails and says so"
-                );
-            }
-        }
         let ipvs = ipvs::Client::open().await.map_err(|error| {
             if error.is_not_found() {
                 OpenError::NoIpvs(error)

@@ -109,7 +109,7 @@ pub enum ChooseError {
     /// The Node has no pod range, or no Node is known.
     #[error("this node has no pod range")]
     NoRange,
-    /// Every address of a range is leased.
+    /// Every address of a range is leased, or in use without a lease.
     #[error("all {capacity} addresses of pod range {range} are leased")]
     Exhausted {
         /// The range.
@@ -135,6 +135,9 @@ pub enum ChooseError {
         /// Who has it.
         holder: String,
     },
+    /// An address that was asked for is in use, and nobody has it.
+    #[error("address {0} is in use by a pod's interface that has no lease")]
+    InUse(IpAddr),
 }
 
 /// Who has which address, and which were released when.
@@ -143,6 +146,8 @@ pub struct Ledger {
     ranges: Vec<PodRange>,
     leases: BTreeMap<Attachment, Vec<IpAddr>>,
     leased: BTreeSet<IpAddr>,
+    /// In use by whom nobody knows.
+    withheld: BTreeSet<IpAddr>,
     /// Released addresses by the order of their release.
     released: BTreeMap<u64, IpAddr>,
     release_order: BTreeMap<IpAddr, u64>,
@@ -212,8 +217,21 @@ impl Ledger {
                 ip,
                 holder: holder.to_string(),
             }),
+            None if self.withheld.contains(&ip) => Err(ChooseError::InUse(ip)),
             None => Ok(()),
         }
+    }
+
+    /// Sets which addresses are in use without a lease, and so are given to nobody.
+    /// Those that are leased count as leased.
+    pub fn withhold(&mut self, in_use: BTreeSet<IpAddr>) {
+        self.withheld = in_use;
+        self.withheld.retain(|ip| !self.leased.contains(ip));
+    }
+
+    /// The addresses that are in use without a lease.
+    pub fn withheld(&self) -> impl Iterator<Item = IpAddr> {
+        self.withheld.iter().copied()
     }
 
     /// Who has an address.
@@ -229,8 +247,13 @@ impl Ledger {
     fn choose_in(&self, range: &PodRange) -> Result<IpAddr, ChooseError> {
         let fresh = (FIRST_OFFSET..range.end)
             .map(|offset| range.nth(offset))
-            .find(|ip| !self.leased.contains(ip) && !self.release_order.contains_key(ip));
-        let oldest = || self.released.values().copied().find(|ip| range.offers(*ip));
+            .find(|ip| {
+                !self.leased.contains(ip)
+                    && !self.withheld.contains(ip)
+                    && !self.release_order.contains_key(ip)
+            });
+        let mut released = self.released.values().copied();
+        let oldest = || released.find(|ip| range.offers(*ip) && !self.withheld.contains(ip));
         fresh.or_else(oldest).ok_or(ChooseError::Exhausted {
             range: range.network,
             capacity: range.capacity(),
@@ -257,6 +280,7 @@ impl Ledger {
         }
         for ip in &ips {
             self.leased.insert(*ip);
+            self.withheld.remove(ip);
             if let Some(order) = self.release_order.remove(ip) {
                 self.released.remove(&order);
             }

@@ -147,6 +147,13 @@ fn alias_of(attachment: &Attachment) -> String {
     format!("ferrule {}~ {}", &id[..SHORT_ID], attachment.interface)
 }
 
+/// Whether an alias is like those of pods' devices. No proof of anything: for telling
+/// whom to ask, where [`read_alias`] cannot say whose the device is.
+#[must_use]
+pub fn is_alias(alias: &str) -> bool {
+    alias.starts_with("ferrule ")
+}
+
 /// Whose device it is, and of which network, by the name and alias of the host end
 /// of a veth, or of a shaper.
 ///

@@ -290,3 +290,76 @@ async fn an_interface_is_removed_only_while_its_lease_is_unchanged() {
         assert_eq!(pods.tidied().values().sum::<u64>(), before + 1);
     }
 }
+
+#[test]
+fn a_pod_without_a_lease_and_without_a_route_is_adopted_by_what_is_inside() {
+    let mut bare = seen(vec![end("a", true)], false);
+    let inside = BTreeSet::from(["10.1.0.2".parse().unwrap()]);
+    bare.inside.insert(7, inside);
+    let found = duties(&[], &bare, &at(50), &at(40), |_| true);
+    let adopted = record(Some(at(50)), None);
+    assert_eq!(found, [Duty::Adopt(attachment("a"), adopted)]);
+}
+
+#[test]
+fn what_cannot_be_adopted_is_in_use_all_the_same() {
+    let ip: IpAddr = "10.1.0.2".parse().unwrap();
+    let of = |name: &str| BTreeMap::from([(ip, name.to_owned())]);
+    // Its alias is cut, or another's.
+    let long = "a".repeat(256);
+    let mut renamed = end("a", true);
+    renamed.alias = Some("x".to_owned());
+    for end in [end(&long, true), renamed] {
+        let name = end.name.clone();
+        let found = seen(vec![end], true);
+        assert_eq!(duties(&[], &found, &at(50), &at(40), |_| true), []);
+        assert_eq!(loose(&[], &found), of(&name));
+        let mut inside = Seen {
+            inside: found.routes.clone(),
+            ..found
+        };
+        inside.routes.clear();
+        assert_eq!(loose(&[], &inside), of(&name));
+    }
+    assert_eq!(loose(&[], &seen(Vec::new(), true)), of("interface 7"));
+    let leased = [(attachment("b"), record(None, None))];
+    assert_eq!(loose(&leased, &seen(Vec::new(), true)), BTreeMap::new());
+}
+
+#[test]
+fn an_address_in_use_is_given_to_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let pods = pods_with_a_lease(dir.path(), at(100));
+    let of = |last: u8| {
+        let ip = IpAddr::from([10, 1, 0, last]);
+        (ip, format!("fer{last}"))
+    };
+    // The first is leased to "a", four are free.
+    pods.withhold([of(2), of(3)].into(), true);
+    assert_eq!(pods.withheld(), [of(3)].into());
+    assert_eq!(pods.leases().usage()[0].free, 3);
+    // A look that was not complete says nothing of what it did not see.
+    pods.withhold([of(4)].into(), false);
+    assert_eq!(pods.withheld(), [of(3), of(4)].into());
+    let add = |who: &str| {
+        let leased = pods
+            .leases()
+            .allocate(&Wanted::new(attachment(who)), at(200));
+        leased.map(|ips| ips[0])
+    };
+    assert_eq!(add("b").unwrap(), of(5).0);
+    assert_eq!(add("c").unwrap(), of(6).0);
+    assert!(add("d").is_err());
+    let mut asking = Wanted::new(attachment("d"));
+    asking.ips = vec![of(3).0];
+    let refused = pods.leases().allocate(&asking, at(200)).unwrap_err();
+    assert!(refused.to_string().contains("in use"), "{refused}");
+    // A release is no reason to give it away either.
+    pods.leases()
+        .release_if(&attachment("a"), |_| true)
+        .unwrap();
+    assert_eq!(add("d").unwrap(), of(2).0);
+    assert!(add("e").is_err());
+    pods.withhold(BTreeMap::new(), true);
+    assert_eq!(add("e").unwrap(), of(3).0);
+}

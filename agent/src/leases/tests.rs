@@ -247,6 +247,26 @@ fn host_ports_live_and_end_with_their_lease() {
     let taken = ask(open, &b, &[port]).unwrap_err();
     assert!(matches!(taken, LeaseError::PortTaken(_)), "{taken}");
     assert_eq!(open.count(), 1, "a lease without its ports");
+    let (c, last) = (
+        attachment(3),
+        HostPort {
+            host_port: 9090,
+            ..port
+        },
+    );
+    let first = HostPort {
+        host_port: 9080,
+        ..port
+    };
+    let addresses_of_c = ask(open, &c, &[first, last]).unwrap();
+    assert_eq!(
+        ask(open, &c, &[last, first]).unwrap(),
+        addresses_of_c,
+        "in another order"
+    );
+    let other = ask(open, &c, &[first, port]).unwrap_err();
+    assert!(matches!(other, LeaseError::OtherPorts(_)), "{other}");
+    open.release_while(&c, || true).unwrap();
     let other = ask(open, &a, &[]).unwrap_err();
     assert!(matches!(other, LeaseError::OtherPorts(_)), "{other}");
     assert_eq!(open.changed_host_ports(), [], "nobody has accepted them");

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferrule_api::status::LastChange;
+use ferrule_datapath::modules::Missing;
 use ferrule_datapath::{ChangeError, Node, Settings, apply};
 use ferrule_model::address::{Family, FrontendAddr};
 use ferrule_model::change::Change;
@@ -57,6 +58,8 @@ pub(crate) struct Reconciler {
     /// Every source has told all it has; before that nothing is removed.
     complete: bool,
     kernel: Option<Node>,
+    /// Modules that could not be loaded.
+    missing: Missing,
     /// What the kernel holds; `None` until it was observed, and when it is in doubt.
     observed: Option<Observed>,
     /// What was believed when the kernel was found to be otherwise.
@@ -102,6 +105,7 @@ impl Reconciler {
             view: NodeView::new(node_name, config.policy.clone()),
             complete: false,
             kernel: None,
+            missing: Missing::default(),
             observed: None,
             contradicted: None,
             dirty: Scope::default(),
@@ -347,6 +351,9 @@ impl Reconciler {
     /// Opens and observes the kernel. False when that failed.
     async fn prepare(&mut self) -> bool {
         if self.kernel.is_none() {
+            if self.settings.load_modules {
+                self.missing.load().await;
+            }
             let nat = self.view.source_nat();
             match Node::open(self.settings.clone(), nat, !self.knows_all()).await {
                 Ok(kernel) => self.kernel = Some(kernel),

@@ -213,6 +213,7 @@ impl Reconciler {
         problems.extend(self.pool_problems());
         problems.extend(self.lease_problem());
         problems.extend(self.look_problem());
+        problems.extend(self.loose_problem());
         let problem_count = problems.len();
         problems.truncate(MAX_LISTED);
         for problem in &mut problems {
@@ -386,6 +387,22 @@ impl Reconciler {
             remedy,
             since: trouble.since,
             attempts: trouble.attempts,
+        })
+    }
+
+    /// Those pods work, but nobody knows whose they are.
+    fn loose_problem(&self) -> Option<Problem> {
+        let withheld = self.pods.withheld();
+        let (ip, interface) = withheld.first_key_value()?;
+        Some(Problem {
+            object: "pods' interfaces".to_owned(),
+            problem: format!(
+                "{} addresses are in use by interfaces that cannot be given a lease (the first: {ip} at {interface}): no other pod gets them",
+                withheld.len()
+            ),
+            remedy: "delete the pods that the interfaces belong to; `ip -d link show` tells their containers".to_owned(),
+            since: now(),
+            attempts: 0,
         })
     }
 

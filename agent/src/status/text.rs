@@ -377,7 +377,10 @@ fn pods(pods: &PodStatus) -> Vec<Paragraph> {
 
 /// What housekeeping counts, and in words.
 const TIDIED: [(&str, &str); 5] = [
-    ("adopted", "pods without a lease that got one"),
+    (
+        "adopted",
+        "pods without a lease that got one (but not their host ports, until they are made anew)",
+    ),
     ("released", "leases without a pod that ended"),
     ("removed", "half-made interfaces removed"),
     ("routed", "lost routes to pods made anew"),
