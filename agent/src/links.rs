@@ -346,4 +346,5 @@ pub(crate) fn read_any(answer: &RawMessage) {
 }
 
 #[cfg(test)]
+#[path = "links/tests.rs"]
 mod tests;
