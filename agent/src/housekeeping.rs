@@ -15,6 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferrule_model::address::Family;
 use ferrule_model::names::Attachment;
 use ferrule_model::ownership::{
     host_veth_name, is_alias, owns_host_veth, owns_shaper, read_alias, shaper_name,
@@ -181,19 +182,26 @@ fn without_veth(
 }
 
 /// Pods that use addresses without a lease.
-fn without_lease(
-    leases: &[(Attachment, Record)],
-    seen: &Seen,
-    now: &Moment,
-) -> impl Iterator<Item = Duty> {
+fn without_lease(leases: &[(Attachment, Record)], seen: &Seen, now: &Moment) -> Vec<Duty> {
     let known: BTreeSet<&Attachment> = leases.iter().map(|(attachment, _)| attachment).collect();
-    seen.ends.iter().filter_map(move |end| {
-        let (attachment, network) = read_alias(&end.name, end.alias.as_deref()?)?;
-        // A route may be lost, and no other pod must get that address.
-        let found = [seen.routes.get(&end.index), seen.inside.get(&end.index)];
-        let addresses: Vec<IpAddr> = found.into_iter().flatten().flatten().copied().collect();
-        if known.contains(&attachment) || addresses.is_empty() {
-            return None;
+    let none = BTreeSet::new();
+    let mut duties = Vec::new();
+    for end in &seen.ends {
+        let alias = end.alias.as_deref();
+        let Some((attachment, network)) = alias.and_then(|alias| read_alias(&end.name, alias))
+        else {
+            continue;
+        };
+        let routed = seen.routes.get(&end.index).unwrap_or(&none);
+        let inside = seen.inside.get(&end.index).unwrap_or(&none);
+        let addresses: Vec<IpAddr> = routed.union(inside).copied().collect();
+        // Of several inside of it, some are the pod's own idea: nobody can say which.
+        let told = Family::ALL.into_iter().all(|family| {
+            let of_family = inside.iter().filter(|ip| Family::of(**ip) == family);
+            of_family.count() <= 1
+        });
+        if known.contains(&attachment) || addresses.is_empty() || !told {
+            continue;
         }
         let record = Record {
             addresses,
@@ -203,8 +211,11 @@ fn without_lease(
             since: Some(now.clone()),
             ports: Vec::new(),
         };
-        Some(Duty::Adopt(attachment, record))
-    })
+        duties.push(Duty::Adopt(attachment.clone(), record));
+        let lost = inside.iter();
+        duties.extend(lost.map(|ip| Duty::Route(attachment.clone(), end.index, *ip)));
+    }
+    duties
 }
 
 /// Whether something is at a path, or may be: only a clear no counts as one.
@@ -278,7 +289,8 @@ fn ensure_clear(seen: &Seen) -> anyhow::Result<()> {
 }
 
 /// Does one thing. What fails is told and tried again with the next look; an
-/// attachment whose interface could not be removed keeps its lease (`kept`).
+/// attachment whose interface could not be removed keeps its lease, and one that was not
+/// adopted gets no routes (`kept`).
 async fn carry_out(
     pods: &Arc<Pods>,
     duty: Duty,
@@ -291,6 +303,8 @@ async fn carry_out(
             if matches!(adopted, Ok(true)) {
                 // They stood in the lease alone.
                 warn!(container_id = %attachment.container_id, interface = %attachment.interface, "a pod without a lease got one; its host ports, if it had any, are served when it is made anew");
+            } else {
+                kept.insert(attachment.clone());
             }
             ("adopted", attachment, adopted)
         }
@@ -301,7 +315,11 @@ async fn carry_out(
             }
             ("removed", attachment, removed)
         }
-        Duty::Release(attachment, _) if kept.contains(&attachment) => return Ok(()),
+        Duty::Release(attachment, _) | Duty::Route(attachment, ..)
+            if kept.contains(&attachment) =>
+        {
+            return Ok(());
+        }
         Duty::Release(attachment, record) => {
             let who = attachment.clone();
             let released = on_disk(pods, move |leases| {

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ferrule_model::address::Family;
 use ferrule_model::ownership::{
     HOST_VETH_PREFIX, ROUTE_PROTOCOL, SHAPER_PREFIX, is_of_a_pod, owns_node_route,
 };
@@ -84,8 +85,8 @@ pub(crate) async fn look() -> Result<Seen, Error> {
     Ok(seen)
 }
 
-/// Looks at the addresses inside of pods, beyond those that routes lead to. What cannot be
-/// found out is unclear then.
+/// Looks at the addresses inside of pods, of a family that no route leads to them by. What
+/// cannot be found out is unclear then.
 ///
 /// # Errors
 /// [`Error`]
@@ -99,12 +100,16 @@ pub(crate) async fn look_inside(
     }
     let socket = Socket::open(Protocol::Route)?;
     let routed: BTreeSet<IpAddr> = seen.routes.values().flatten().copied().collect();
+    let none = BTreeSet::new();
     let mut unclear = Vec::new();
     for end in asked {
         let Some(peer) = end.peer else { continue };
         match addresses_at(&socket, peer).await {
             Ok(mut addresses) => {
-                addresses.retain(|ip| !routed.contains(ip));
+                // Where there is a route it says which address the pod got.
+                let known = seen.routes.get(&end.index).unwrap_or(&none);
+                let known: Vec<Family> = known.iter().map(|ip| Family::of(*ip)).collect();
+                addresses.retain(|ip| !routed.contains(ip) && !known.contains(&Family::of(*ip)));
                 seen.inside.insert(end.index, addresses);
             }
             Err(error) => unclear.push((end.index, end.peer, &end.name, error)),

@@ -98,6 +98,13 @@ impl Pod {
         self
     }
 
+    /// Has the container another ID than the pod's name.
+    #[must_use]
+    pub fn with_container(mut self, id: String) -> Self {
+        self.container = id;
+        self
+    }
+
     /// A pod with its network.
     ///
     /// # Errors

@@ -298,7 +298,17 @@ fn a_pod_without_a_lease_and_without_a_route_is_adopted_by_what_is_inside() {
     bare.inside.insert(7, inside);
     let found = duties(&[], &bare, &at(50), &at(40), |_| true);
     let adopted = record(Some(at(50)), None);
-    assert_eq!(found, [Duty::Adopt(attachment("a"), adopted)]);
+    let ip = adopted.addresses[0];
+    let wanted = [
+        Duty::Adopt(attachment("a"), adopted),
+        Duty::Route(attachment("a"), 7, ip),
+    ];
+    assert_eq!(found, wanted);
+    // Of two addresses one is none that the plugin gave it.
+    let second = "10.1.0.3".parse().unwrap();
+    bare.inside.get_mut(&7).unwrap().insert(second);
+    assert_eq!(duties(&[], &bare, &at(50), &at(40), |_| true), []);
+    assert_eq!(loose(&[], &bare).len(), 2);
 }
 
 #[test]

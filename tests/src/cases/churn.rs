@@ -334,6 +334,78 @@ pub(super) fn lost_leases_are_adopted(context: &mut Context) -> anyhow::Result<(
     fill(context, &node, 5)
 }
 
+/// Where the routes to pods were lost with the leases, the pods themselves tell their
+/// addresses; a pod whose alias does not tell its container keeps its addresses all the
+/// same, without a lease. No other pod gets any of them.
+pub(super) fn lost_leases_and_routes(context: &mut Context) -> anyhow::Result<()> {
+    let ranges = ["10.244.1.0/29", "fd00:10:244:1::/125"];
+    let node = Node::with_pod_ranges(context, "node-a", &ranges)?;
+    node.start()?;
+    let told = Pod::added(context, &node, "told")?;
+    // Too long for an alias.
+    let mut untold = Pod::create(context, "untold")?.with_container("x".repeat(250));
+    untold.add(&node)?;
+    node.kill9()?;
+    fs::remove_file(node.state().join("leases.redb"))?;
+    for family in ["-4", "-6"] {
+        node.netns()
+            .output("ip", &[family, "route", "flush", "proto", "101"])?;
+    }
+    ensure!(routes_to(&node, &told)? == 0, "the routes are still there");
+    node.start()?;
+    let mut pods = vec![told, untold];
+    for index in 0..3 {
+        pods.push(Pod::added(context, &node, &format!("new-{index}"))?);
+    }
+    let distinct: BTreeSet<IpAddr> = pods.iter().flat_map(Pod::ips).copied().collect();
+    ensure!(distinct.len() == 10, "{distinct:?}");
+    let full = Pod::create(context, "new-3")?.call(&node, "ADD", &[])?;
+    ensure!(full.code() == Some(11), "ADD on a full node: {full:?}");
+    let problems = problems(&node)?;
+    let named = problems.iter().any(|problem| {
+        let mut ips = pods[1].ips().iter();
+        ips.any(|ip| problem.contains(&format!("{ip} at fer")))
+    });
+    ensure!(named, "status says nothing of it: {problems:#?}");
+    // A look puts right what has a lease by now, and gives free what is gone.
+    gc(&node, &pods[0], &pods.iter().collect::<Vec<_>>())?;
+    ensure!(routes_to(&node, &pods[0])? == 2, "no routes to a live pod");
+    let untold = pods.remove(1);
+    untold.del(&node)?;
+    gc(&node, &pods[0], &pods.iter().collect::<Vec<_>>())?;
+    pods.push(Pod::added(context, &node, "new-4")?);
+    pods.iter().try_for_each(|pod| pod.del(&node))?;
+    nothing_left(&node)?;
+    fill(context, &node, 5)
+}
+
+/// How many of a pod's addresses the node has a route of the plugin to.
+fn routes_to(node: &Node, pod: &Pod) -> anyhow::Result<usize> {
+    let mut text = String::new();
+    for family in ["-4", "-6"] {
+        let arguments = [family, "route", "show", "proto", "101"];
+        text += &node.netns().output("ip", &arguments)?;
+    }
+    let first = text.lines().filter_map(|line| line.split(' ').next());
+    let to: BTreeSet<&str> = first.collect();
+    let ips = pod.ips().iter().map(ToString::to_string);
+    Ok(ips.filter(|ip| to.contains(ip.as_str())).count())
+}
+
+/// What `status` says is wrong.
+fn problems(node: &Node) -> anyhow::Result<Vec<String>> {
+    wait::until_ok("a status", wait::SETTLED, || {
+        let mut client = Client::connect(&node.socket(), Duration::from_secs(30))?;
+        match client.call(Call::Status)? {
+            Answer::Status(status) => {
+                let problems = status.problems.into_iter();
+                Ok(problems.map(|problem| problem.problem).collect())
+            }
+            other => bail!("status: {other:?}"),
+        }
+    })
+}
+
 /// What nobody calls for is put right by the agent itself, once no ADD can be
 /// under way any more; a pod that lives is not touched. (Minutes pass, so the
 /// clock must be one that skips idle time.)

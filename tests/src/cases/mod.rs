@@ -27,6 +27,7 @@ mod routes;
 mod rows;
 mod runtime;
 mod segment;
+mod soak;
 mod socket;
 mod source;
 mod start;
@@ -75,6 +76,11 @@ fn pods_and_socket() -> Vec<Test> {
             "pods/lost-leases-are-adopted",
             5,
             churn::lost_leases_are_adopted,
+        ),
+        native(
+            "pods/lost-leases-and-routes",
+            5,
+            churn::lost_leases_and_routes,
         ),
         native(
             "pods/killed-at-random",

@@ -5,9 +5,6 @@ pub(super) mod objects;
 pub(super) mod tables;
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
-use std::process::Command;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -15,9 +12,9 @@ use ferrule_api::status::{FrontendRow, Status};
 use ferrule_api::{Answer, Call, Client};
 
 use self::objects::Cluster;
+use super::soak::{self, say};
 use super::world;
 use crate::context::Context;
-use crate::netns;
 use crate::node::Node;
 use crate::process::Usage;
 use crate::random::{self, Random};
@@ -64,22 +61,12 @@ pub(super) fn kernel_equals_plan(context: &mut Context) -> anyhow::Result<()> {
     walk(context, seed, usize::try_from(changes)?).with_context(|| format!("{SEED}={seed}"))
 }
 
-pub(super) fn say(words: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout();
-    writeln!(out, "     {words}")?;
-    Ok(out.flush()?)
-}
-
 fn walk(context: &Context, seed: u64, wanted: usize) -> anyhow::Result<()> {
     let node = Node::create(context, "node-a")?;
     let _outside = world::outside(context, &node)?;
     node.remove_manifest("node.yaml")?;
     let agent = context.binary("ferrule-agent")?;
-    let plan = || {
-        let mut plan = Command::new(&agent);
-        plan.arg("plan").arg("--manifests").arg(node.manifests());
-        netns::check(plan.args(["--node", node.netns().name()]))
-    };
+    let plan = || soak::plan(&agent, &node);
     let mut walker = Walker {
         node: &node,
         plan: &plan,
@@ -120,12 +107,7 @@ fn walk(context: &Context, seed: u64, wanted: usize) -> anyhow::Result<()> {
          {} KiB; of its own {} KiB, then {} KiB",
         walker.lines, before.resident, after.resident, before.anonymous, after.anonymous
     ))?;
-    ensure!(
-        after.resident * 100 <= before.resident * GROWN,
-        "memory grew from {} to {} KiB with the same objects",
-        before.resident,
-        after.resident
-    );
+    soak::not_grown(before, after, GROWN)?;
     no_errors(&node)?;
     node.check_alive()?;
     node.stop()?;
@@ -219,13 +201,7 @@ impl Walker<'_> {
         let status = self.settle()?;
         // What another changed: here there is none, so it took its own work for it.
         ensure!(status.drift.repaired.is_empty(), "{:#?}", status.drift);
-        let difference = self.difference()?;
-        ensure!(
-            difference.is_empty(),
-            "- is planned, + in the kernel:\n{}",
-            difference.join("\n")
-        );
-        Ok(())
+        soak::as_planned(&self.difference()?)
     }
 
     fn difference(&mut self) -> anyhow::Result<Vec<String>> {
@@ -266,19 +242,12 @@ impl Walker<'_> {
         }
     }
 
-    /// Memory for one and the same population: the median of a few looks, because
-    /// the agent goes on auditing.
+    /// Memory for one and the same population.
     fn memory(&mut self) -> anyhow::Result<Usage> {
         self.cluster.clear();
         self.apply().context("nothing but the node")?;
         self.cluster.fill(POPULATION);
         self.apply().context("the population that is measured")?;
-        let mut looks = Vec::new();
-        for _ in 0..5 {
-            thread::sleep(Duration::from_millis(200));
-            looks.push(self.node.usage()?);
-        }
-        looks.sort_unstable_by_key(|usage| usage.resident);
-        Ok(looks[looks.len() / 2])
+        soak::memory(self.node)
     }
 }

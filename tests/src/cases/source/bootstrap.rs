@@ -19,7 +19,7 @@ use ferrule_api_server::{ApiServer, Authority, Streaming, Validity};
 
 use super::super::audit::wait_for_status as wait_for;
 use super::super::segment::{self, NODE_A, plug};
-use super::super::walk::say;
+use super::super::soak::say;
 use super::super::world;
 use crate::api::{self, Api};
 use crate::context::Context;

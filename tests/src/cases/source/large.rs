@@ -8,7 +8,7 @@ use ferrule_api_server::{ApiServer, Authority, Streaming, Validity};
 use serde_json::{Value, json};
 
 use super::super::audit::status;
-use super::super::walk::say;
+use super::super::soak::say;
 use crate::api::{self, ADDRESS, Api, kubeconfig};
 use crate::context::Context;
 use crate::node::{Node, POD_RANGES, manifest};

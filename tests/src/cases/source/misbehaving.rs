@@ -20,8 +20,9 @@ use ferrule_api_server::{
 };
 use serde_json::{Value, json};
 
+use super::super::soak::{self, say};
 use super::super::walk::objects::Cluster;
-use super::super::walk::{say, tables};
+use super::super::walk::tables;
 use super::super::world::{self, Backend};
 use super::scenarios::{key, put};
 use crate::api::{ADDRESS, Api, kubeconfig};
@@ -31,7 +32,7 @@ use crate::node::{Node, POD_RANGES, manifest};
 use crate::process::{Process, Usage};
 use crate::random::{self, Random};
 use crate::sock::{TRANSPORTS, Transport};
-use crate::{dump, netns, wait};
+use crate::{dump, wait};
 
 /// Repeats a run.
 const SEED: &str = "FERRULE_API_SEED";
@@ -126,12 +127,7 @@ fn run(context: &Context, seed: u64, steps: u64) -> anyhow::Result<()> {
                 usage.resident,
                 first.resident
             ))?;
-            ensure!(
-                usage.resident * 100 <= first.resident * GROWN,
-                "memory grew from {} to {} KiB with the same objects",
-                first.resident,
-                usage.resident
-            );
+            soak::not_grown(first, usage, GROWN)?;
         }
     }
     ensure!(trial.server.faults_made() > steps / 8, "little went wrong");
@@ -264,25 +260,14 @@ impl Trial<'_> {
             .write_manifest("truth.yaml", &truth.join("\n---\n"))?;
         wait::until_ok("the kernel is as planned", RECOVERED, || {
             self.node.check_alive()?;
-            let difference = self.difference()?;
-            ensure!(
-                difference.is_empty(),
-                "- is planned, + in the kernel:\n{}",
-                difference.join("\n")
-            );
-            Ok(())
+            soak::as_planned(&self.difference()?)
         })
     }
 
     fn difference(&self) -> anyhow::Result<Vec<String>> {
-        let mut plan = Command::new(&self.agent);
-        plan.arg("plan")
-            .arg("--manifests")
-            .arg(self.node.manifests())
-            .args(["--node", "node-a"]);
         let nodes = self.held.values().filter(|value| value["kind"] == "Node");
         let nodes: Vec<Value> = nodes.cloned().collect();
-        let wanted = tables::of_plan(&netns::check(&mut plan)?, &nodes)?;
+        let wanted = tables::of_plan(&soak::plan(&self.agent, self.node)?, &nodes)?;
         let mut found = tables::of_kernel(self.node.netns())?;
         // The way to the pod here, of which the truth says nothing.
         found.retain(|line| !line.ends_with(" via null"));
@@ -295,13 +280,7 @@ impl Trial<'_> {
         self.cluster.fill(1);
         self.push()?;
         self.recover().context("the population that is measured")?;
-        let mut looks = Vec::new();
-        for _ in 0..5 {
-            thread::sleep(Duration::from_millis(200));
-            looks.push(self.node.usage()?);
-        }
-        looks.sort_unstable_by_key(|usage| usage.resident);
-        Ok(looks[looks.len() / 2])
+        soak::memory(self.node)
     }
 
     /// A virtual service that was removed and made again has counted less.

@@ -14,7 +14,7 @@ use ferrule_api_server::{ApiServer, Key, RESOURCES, Streaming};
 use serde_json::Value;
 
 use super::super::audit::status;
-use super::super::walk::say;
+use super::super::soak::say;
 use super::super::world;
 use super::state;
 use crate::api::Api;
