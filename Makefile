@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full fuzz lint fmt clean
+.PHONY: help build demo test test-full dumps fuzz mutants lint fmt clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list what can be done
@@ -29,9 +29,21 @@ test: ## everything that is checked; ends with: N passed, N failed, N skipped
 test-full: ## the same with more rounds, and on the oldest kernel
 	@tests/all --full
 
+dumps: ## write anew what is planned and programmed in tests/scenarios and docs/semantics.md, and print what is new
+	@cargo build --quiet --locked -p ferrule-tests
+	@UPDATE_GOLDEN=1 VM_WRITABLE=tests/scenarios tests/vm/run -- \
+		"$${CARGO_TARGET_DIR:-target}/debug/kernel-suite" scenario/
+	@UPDATE_GOLDEN=1 "$${CARGO_TARGET_DIR:-target}/debug/kernel-suite" docs/semantics
+
 fuzz: ## bad input to every parser, a few seconds each (FUZZ_SECONDS=N)
 	@tests/vm/setup build fuzz
 	@tests/fuzz
+
+mutants: ## every small change of what the model decides must fail a test of it (an hour; MUTANTS="-F REGEX")
+	@tests/vm/setup build mutants
+	@mkdir -p target/mutants
+	@PATH="$$PWD/target/tools/bin:$$PATH" PROPTEST_MAX_SHRINK_ITERS=0 PROPTEST_DISABLE_FAILURE_PERSISTENCE=1 \
+		cargo mutants --package ferrule-model --output target/mutants $(MUTANTS)
 
 lint: ## formatting, clippy, spelling, shell scripts, licences
 	@tests/lint

@@ -1,12 +1,12 @@
 //! Who answers which call of the socket.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ferrule_api::status::{SocketStatus, Status};
 use ferrule_api::{Answer, Call, CallError, ErrorCode};
+use ferrule_datapath::Sysctls;
 use ferrule_model::names::Attachment;
 
 use crate::hostports;
@@ -20,19 +20,18 @@ use crate::reconcile::Asker;
 pub(crate) struct Desk {
     pods: Arc<Pods>,
     asker: Asker,
-    /// Where `/proc/sys` is.
-    sysctl_root: PathBuf,
+    sysctls: Sysctls,
     calls: AtomicU64,
     bad_requests: AtomicU64,
     refused_connections: AtomicU64,
 }
 
 impl Desk {
-    pub(crate) fn new(pods: Arc<Pods>, asker: Asker, sysctl_root: PathBuf) -> Self {
+    pub(crate) fn new(pods: Arc<Pods>, asker: Asker, sysctls: Sysctls) -> Self {
         Self {
             pods,
             asker,
-            sysctl_root,
+            sysctls,
             calls: AtomicU64::new(0),
             bad_requests: AtomicU64::new(0),
             refused_connections: AtomicU64::new(0),
@@ -65,6 +64,11 @@ impl Desk {
             },
             Call::Frontends { after } => match self.asker.frontends(after).await {
                 Some(rows) => Answer::Frontends(rows),
+                None => busy(),
+            },
+            Call::Trace(asked) => match self.asker.trace(asked).await {
+                Some(Ok(trace)) => Answer::Trace { trace },
+                Some(Err(error)) => Answer::Error(error),
                 None => busy(),
             },
             Call::Pods { after } => {
@@ -102,8 +106,8 @@ impl Desk {
 
     /// Whether pods can be made, and whether those that are there have a way out.
     async fn ready(&self, call: Call) -> Answer {
-        let root = self.sysctl_root.clone();
-        let forwarding = move || ferrule_datapath::ensure_forwarding(&root);
+        let sysctls = self.sysctls.clone();
+        let forwarding = move || ferrule_datapath::ensure_forwarding(&sysctls);
         match tokio::task::spawn_blocking(forwarding).await {
             Ok(Ok(())) => Arc::clone(&self.pods).call(call).await,
             Ok(Err(error)) => Answer::Error(CallError {

@@ -355,6 +355,11 @@ impl Leases {
         inner.ledger.withheld().collect()
     }
 
+    /// Whether an address is this node's to give, and no pod has it.
+    pub(crate) fn is_abandoned(&self, ip: IpAddr) -> bool {
+        self.lock().ledger.is_abandoned(ip)
+    }
+
     /// Ends a lease if its record is still one that should end, which an ADD
     /// that came meanwhile may have changed. Whether it ended is returned.
     ///

@@ -158,12 +158,14 @@ impl Pods {
             Call::Release { attachment } => self.release_while(&attachment, || true),
             Call::Ready => self.ready(),
             Call::Lease { attachment } => self.lease(&attachment),
-            Call::Status | Call::Frontends { .. } | Call::Pods { .. } | Call::Tidy => {
-                Err(CallError {
-                    code: ErrorCode::Internal,
-                    message: "the call is not about a pod".to_owned(),
-                })
-            }
+            Call::Status
+            | Call::Frontends { .. }
+            | Call::Pods { .. }
+            | Call::Trace(_)
+            | Call::Tidy => Err(CallError {
+                code: ErrorCode::Internal,
+                message: "the call is not about a pod".to_owned(),
+            }),
         });
         ended(answer.await)
     }

@@ -235,7 +235,11 @@ mod tests {
             let path = dir.path().join("agent.sock");
             let server = runtime.block_on(async { Server::bind(&path).unwrap() });
             let (queries, _nobody_answers) = tokio::sync::mpsc::channel(1);
-            let desk = Arc::new(Desk::new(pods, Asker::new(queries), "/proc/sys".into()));
+            let sysctls = ferrule_datapath::Sysctls {
+                root: "/proc/sys".into(),
+                record: None,
+            };
+            let desk = Arc::new(Desk::new(pods, Asker::new(queries), sysctls));
             let of_server = Arc::clone(&desk);
             runtime.spawn(async move { server.serve(of_server).await });
             Self { dir, desk, runtime }
@@ -301,13 +305,15 @@ mod tests {
     fn garbage_is_answered_with_an_error_that_names_it() {
         let f = Fixture::new();
         let long = vec![b'x'; MAX_LINE * 2];
-        let cases: [(&[u8], &str); 7] = [
+        let cases: [(&[u8], &str); 9] = [
             (b"{\"version\":2,\"call\":\"later\"}\n", "version 2"),
             (b"\n", "badRequest"),
             (b"GET / HTTP/1.1\r\n", "badRequest"),
             (b"{\"version\":1,\"call\":\"nonsense\"}\n", "nonsense"),
             (b"{\"version\":99,\"call\":\"release\",\"attachment\":{\"container_id\":\"a\",\"interface\":\"eth0\"}}\n", "version 99"),
             (b"{\"version\":1,\"call\":\"release\",\"attachment\":{\"container_id\":\"../a\",\"interface\":\"eth0\"}}\n", "../a"),
+            (b"{\"version\":1,\"call\":\"trace\",\"from\":\"10.0.0.1\",\"to\":\"10.96.0.1\"}\n", "to: "),
+            (b"{\"version\":1,\"call\":\"trace\",\"from\":\"fd00::1\",\"to\":\"10.96.0.1:1/tcp\",\"live\":true}\n", "one family"),
             (b"{\"version\":1", "newline"),
         ];
         for (bytes, words) in cases {

@@ -1,13 +1,17 @@
 //! The command line.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ferrule_api::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
+use ferrule_datapath::Sysctls;
+use ferrule_model::address::FrontendAddr;
+use ferrule_model::binding::VipBinding;
 use ferrule_model::names::{IfName, NameError};
 use ferrule_model::ownership::{NFT_TABLE, VIP_DEVICE};
+use ferrule_model::trace::{parse_from, parse_to};
 
 /// Node networking for Kubernetes: services through kernel IPVS, and pod addresses.
 #[derive(Debug, Parser)]
@@ -47,6 +51,9 @@ pub(crate) enum Command {
     Status(StatusSettings),
     /// Show what a node would program, from manifests alone: without root, without touching a kernel.
     Plan(PlanSettings),
+    /// Follow a packet through this node: which Service it meets, who decides what, where it goes and as whom; exits
+    /// with 0, with 1 when --live finds a step broken, 2 for wrong usage or without an answer.
+    Trace(TraceSettings),
     /// Check whether this node is fit for the agent, without changing anything; exits with 0 when it is, also with
     /// warnings, and 1 when a check failed.
     Check(CheckSettings),
@@ -91,6 +98,45 @@ pub(crate) struct PlanSettings {
     pub(crate) output: PlanOutput,
 }
 
+/// Settings of `trace`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct TraceSettings {
+    /// The client's address: of a pod, of this node for a process of it, or any other.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_from)]
+    pub(crate) from: IpAddr,
+    /// What it calls.
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT/PROTOCOL",
+        value_parser = parse_to,
+        help = "What it calls, such as 10.96.0.10:80/tcp or [fd00:10:96::a]:53/udp"
+    )]
+    pub(crate) to: FrontendAddr,
+    /// The device by which it comes to this node, where detectLocalMode asks for that; pods of this node
+    /// come by their veth.
+    #[arg(long, value_name = "NAME", value_parser = if_name)]
+    pub(crate) device: Option<IfName>,
+    /// Compare each step with the kernel; exits with 1 if one is broken.
+    #[arg(long, conflicts_with = "manifests")]
+    pub(crate) live: bool,
+    /// Show it as JSON; docs/trace.md names the fields.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Where the agent listens that is asked.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, conflicts_with = "manifests")]
+    pub(crate) socket: PathBuf,
+    /// Follow it by what a node would program from these Kubernetes manifests, without an agent; a folder, or a
+    /// single file.
+    #[arg(long, value_name = "DIR|FILE", requires = "node")]
+    pub(crate) manifests: Option<PathBuf>,
+    /// Name of the node, with --manifests.
+    #[arg(long, value_name = "NAME", value_parser = node_name, requires = "manifests")]
+    pub(crate) node: Option<String>,
+    /// Configuration file of the agent, with --manifests.
+    #[arg(long, value_name = "FILE", requires = "manifests")]
+    pub(crate) config: Option<PathBuf>,
+}
+
 /// How a plan is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PlanOutput {
@@ -121,15 +167,25 @@ pub(crate) struct RunSettings {
         default_value = "/var/run/secrets/kubernetes.io/serviceaccount"
     )]
     pub(crate) service_account_dir: PathBuf,
-    /// Name of this node, as its Node object has it.
-    #[arg(long, value_name = "NAME", value_parser = node_name)]
-    pub(crate) node: String,
-    /// Configuration file; without one everything has its default (docs/configuration.md).
+    /// Name of this node, as its Node object has it; kube-proxy's configuration may name it
+    /// instead, or else the machine's name holds with such a file.
+    #[arg(long, visible_alias = "hostname-override", value_name = "NAME", value_parser = node_name)]
+    pub(crate) node: Option<String>,
+    /// Configuration file, also kube-proxy's own; without one everything has its default
+    /// (docs/configuration.md).
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// Where metrics are served over HTTP, at /metrics; `none` turns it off.
-    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:10249", value_parser = listen_address)]
-    pub(crate) metrics: ListenAddress,
+    /// Where metrics are served over HTTP, at /metrics; `none` turns it off
+    /// [default: 127.0.0.1:10249].
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = listen_address)]
+    pub(crate) metrics: Option<ListenAddress>,
+    /// Where the node's health is told over HTTP, at /healthz and /livez; `none` turns it off
+    /// [default: port 10256 of every address].
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = listen_address)]
+    pub(crate) healthz: Option<ListenAddress>,
+    /// Level of the log, as kube-proxy has it: 4 is debug, 5 and more trace. `FERRULE_LOG` wins.
+    #[arg(long = "v", short = 'v', value_name = "LEVEL", default_value = "0")]
+    pub(crate) verbosity: u8,
     /// Where leases are kept; must survive a restart of the node.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
     pub(crate) state_dir: PathBuf,
@@ -146,6 +202,12 @@ pub(crate) struct RunSettings {
 /// Settings of `cleanup`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CleanupSettings {
+    /// Configuration file of the agent, for what it says of virtual services of others.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Where the agent kept what it changed.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
+    pub(crate) state_dir: PathBuf,
     #[command(flatten)]
     pub(crate) node_settings: NodeSettings,
 }
@@ -271,10 +333,52 @@ impl From<NodeSettings> for ferrule_datapath::Settings {
     fn from(settings: NodeSettings) -> Self {
         Self {
             vip_device: settings.vip_device,
+            // What the configuration says is put in its place.
+            vip_binding: VipBinding::default(),
             nft_table: settings.nft_table,
-            sysctl_root: PathBuf::from("/proc/sys"),
+            sysctls: Sysctls {
+                root: PathBuf::from("/proc/sys"),
+                // Who knows the state folder says where it is.
+                record: None,
+            },
             load_modules: !settings.no_load_modules,
             nft_program: settings.nft_program,
+            excluded: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_kube_proxys_manifests_give_is_taken() {
+        for (arguments, node, verbosity) in [
+            (&["--hostname-override=a", "--v=2"][..], Some("a"), 2),
+            (&["--hostname-override", "a", "--v", "4"], Some("a"), 4),
+            (&["-v", "6"], None, 6),
+            (&[], None, 0),
+        ] {
+            let all = [&["ferrule-agent", "run", "--config", "f"], arguments].concat();
+            let Command::Run(settings) = Cli::parse_from(all).command else {
+                panic!("another command");
+            };
+            assert_eq!(settings.node.as_deref(), node, "{arguments:?}");
+            assert_eq!(settings.verbosity, verbosity, "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn where_something_is_served_or_not_at_all() {
+        assert_eq!(listen_address("none"), Ok(ListenAddress(None)));
+        for text in ["[::]:10256", "192.0.2.1:80"] {
+            assert_eq!(
+                listen_address(text),
+                Ok(ListenAddress(text.parse().ok())),
+                "{text}"
+            );
+        }
+        assert!(listen_address("off").is_err_and(|error| error.contains("nor `none`")));
     }
 }

@@ -111,25 +111,60 @@ macro_rules! scenario_tests {
 
 scenario_tests! {
     address_conflict: "address-conflict",
+    address_conflict_between_kinds: "address-conflict-between-kinds",
+    address_of_the_node_is_no_vip: "address-of-the-node-is-no-vip",
     cluster_cidr: "cluster-cidr",
     cluster_ip: "cluster-ip",
     duplicate_object: "duplicate-object",
     duplicate_port: "duplicate-port",
+    external_address_of_another_family: "external-address-of-another-family",
+    external_ip: "external-ip",
+    external_ip_always_allowed: "external-ip-always-allowed",
+    external_ip_never_allowed: "external-ip-never-allowed",
+    external_ip_outside_allowed_networks: "external-ip-outside-allowed-networks",
+    health_check_node_port: "health-check-node-port",
+    hints_by_node: "hints-by-node",
+    hints_by_zone: "hints-by-zone",
+    hints_on_a_node_without_a_zone: "hints-on-a-node-without-a-zone",
     ignored: "ignored",
+    internal_local_policy: "internal-local-policy",
     invalid_address: "invalid-address",
     invalid_object: "invalid-object",
     invalid_pod_range: "invalid-pod-range",
     invalid_port: "invalid-port",
     invalid_range: "invalid-range",
+    kube_proxy: "kube-proxy",
+    load_balancer_ip_mode: "load-balancer-ip-mode",
+    load_balancer_source_ranges: "load-balancer-source-ranges",
+    local_policy_all_endpoints_here: "local-policy-all-endpoints-here",
+    local_policy_backends_outside_the_pod_network: "local-policy-backends-outside-the-pod-network",
+    local_policy_endpoints_here_and_elsewhere: "local-policy-endpoints-here-and-elsewhere",
+    local_policy_no_endpoint_anywhere_rejects: "local-policy-no-endpoint-anywhere-rejects",
+    local_policy_no_endpoint_here_drops: "local-policy-no-endpoint-here-drops",
+    local_policy_of_a_service_without_external_access: "local-policy-of-a-service-without-external-access",
+    local_policy_terminating_endpoints: "local-policy-terminating-endpoints",
     masquerade: "masquerade",
     masquerade_all: "masquerade-all",
+    masquerade_all_and_external_frontends: "masquerade-all-and-external-frontends",
     node_missing: "node-missing",
     node_port: "node-port",
     node_port_addresses: "node-port-addresses",
     node_port_nowhere: "node-port-nowhere",
     node_port_primary: "node-port-primary",
+    one_address_in_two_fields: "one-address-in-two-fields",
+    one_endpoint_in_two_slices: "one-endpoint-in-two-slices",
     reject: "reject",
-    unsupported: "unsupported",
+    scheduler_by_annotation: "scheduler-by-annotation",
+    scheduler_configured_maglev: "scheduler-configured-maglev",
+    scheduler_configured_with_flags: "scheduler-configured-with-flags",
+    scheduler_flags_by_annotation: "scheduler-flags-by-annotation",
+    sctp: "sctp",
+    service_proxy_name: "service-proxy-name",
+    session_affinity: "session-affinity",
+    session_affinity_under_local_policy: "session-affinity-under-local-policy",
+    several_ports: "several-ports",
+    unknown_policy_words: "unknown-policy-words",
+    weights: "weights",
 }
 
 /// Names of all scenarios.
@@ -155,7 +190,11 @@ fn every_reason_that_a_plan_can_have_is_in_a_scenario() {
                 .map(|c| c["reason"].as_str().unwrap().to_owned()),
         );
     }
-    let machine_only = [Reason::RouteConflict, Reason::NoSharedLink];
+    let machine_only = [
+        Reason::RouteConflict,
+        Reason::NoSharedLink,
+        Reason::SchedulerMissing,
+    ];
     let expected = Reason::ALL
         .into_iter()
         .filter(|r| !machine_only.contains(r));
@@ -409,7 +448,7 @@ fn wrong_usage_is_2_and_names_the_remedy() {
         (
             &[&here, &node, &["--config", "unknown.yaml"]],
             expect![[r"
-                ferrule-agent plan: configuration unknown.yaml: line 3: clusterCidr: unknown field `clusterCidr`, expected one of apiVersion, kind, clusterCIDR, serviceCIDRs, nodePortAddresses, nonMasqueradeCIDRs, masqueradeAll, nodePortRange, auditBudgetPercent, apiServer
+                ferrule-agent plan: configuration unknown.yaml: line 3: clusterCidr: unknown field `clusterCidr`, expected one of apiVersion, kind, clusterCIDR, serviceCIDRs, nodePortAddresses, nonMasqueradeCIDRs, masqueradeAll, nodePortRange, externalIPs, scheduler, schedulerFlags, serviceProxyName, auditBudgetPercent, drainSeconds, apiServer, detectLocalMode, detectLocal, vipBinding, vipDevice
             "]],
         ),
         (

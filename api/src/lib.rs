@@ -17,6 +17,7 @@ use std::net::IpAddr;
 
 pub use ferrule_model::host_ports::HostPort;
 use ferrule_model::names::{Attachment, NetworkName};
+use ferrule_model::trace::{Question, Trace};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
@@ -101,6 +102,19 @@ pub enum Call {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<String>,
     },
+    /// What becomes of a packet.
+    Trace(Box<TraceRequest>),
+}
+
+/// What [`Call::Trace`] asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceRequest {
+    /// Which packet.
+    #[serde(flatten)]
+    pub question: Question,
+    /// Whether each step is held against the kernel.
+    #[serde(default)]
+    pub live: bool,
 }
 
 /// What [`Call::Allocate`] asks for.
@@ -243,6 +257,11 @@ pub enum Answer {
     Frontends(FrontendRows),
     /// To [`Call::Pods`].
     Pods(PodRows),
+    /// To [`Call::Trace`]. It has a version of its own, so it is not beside that of the reply.
+    Trace {
+        /// The way of the packet.
+        trace: Box<Trace>,
+    },
     /// The call failed and changed nothing.
     Error(CallError),
 }

@@ -62,6 +62,9 @@ pub struct Status {
     pub pods: PodStatus,
     /// What another changed and the agent put right, since its start.
     pub drift: Drift,
+    /// Backends that leave and keep the connections that they have.
+    #[serde(default)]
+    pub draining: Draining,
     /// The comparison of the kernel with what it should be.
     pub audit: Audit,
     /// Packets counted by our rules, since these were made.
@@ -69,9 +72,15 @@ pub struct Status {
     /// Operations of the kernel that failed since the start, each try counted.
     #[serde(default)]
     pub failed_operations: u64,
+    /// Kubernetes Events since the start: `written`, by this node or another, and `lost`.
+    #[serde(default)]
+    pub events: BTreeMap<String, u64>,
     /// What came over the socket since the start.
     #[serde(default)]
     pub socket: SocketStatus,
+    /// Kernel settings that the configuration asks for, those that were as asked for left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sysctls: Vec<SysctlStatus>,
     /// What is wrong on this node, worst first, [`MAX_LISTED`] at most.
     pub problems: Vec<Problem>,
     /// How many problems there are.
@@ -126,6 +135,9 @@ pub struct Programmed {
     pub frontends: usize,
     /// Those of them that refuse, because there is no usable endpoint.
     pub rejecting: usize,
+    /// Those that drop, because their policy is Local and the endpoints are on other nodes.
+    #[serde(default)]
+    pub dropping: usize,
     /// Addresses on the VIP device.
     pub vips: usize,
     /// Frontends on node ports.
@@ -143,6 +155,26 @@ pub struct Programmed {
     pub node_addresses: Vec<String>,
     /// Changes that wait, be it for their turn or for another try.
     pub pending: usize,
+    /// Service ports with policy Local whose endpoints are all on other nodes, by the
+    /// policy: `internal`, `external`.
+    #[serde(default)]
+    pub no_local_endpoints: BTreeMap<String, u64>,
+}
+
+/// A kernel setting that the configuration asks for and that was not there before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SysctlStatus {
+    /// Its name, such as `net.ipv4.conf.all.arp_ignore`.
+    pub name: String,
+    /// What was there before the agent set it, or what is there because it could not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<String>,
+    /// What is asked for.
+    pub value: String,
+    /// Why it could not be set; absent where it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// The last change of the kernel.
@@ -182,6 +214,26 @@ pub struct RangeStatus {
     pub used: u64,
     /// Addresses that can still be leased.
     pub free: u64,
+}
+
+/// Backends that leave and keep the connections that they have.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Draining {
+    /// Real servers that take no new connections and have old ones, one for each virtual service.
+    pub backends: usize,
+    /// For how long the oldest of them has, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oldest: Option<f64>,
+    /// After how many seconds out of all slices one loses its connections.
+    pub bound: f64,
+    /// How many came to their end since the agent's start, by why: `idle`, `podGone`,
+    /// `nodeGone`, `bound`.
+    pub ended: BTreeMap<String, u64>,
+    /// Entries of connection tracking that led to backends which are gone.
+    pub forgotten_flows: u64,
+    /// How often these could not be looked for.
+    pub failed: u64,
 }
 
 /// What another changed and the agent put right.
@@ -229,7 +281,8 @@ pub struct Audit {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Packets {
-    /// Packets by counter: `refusedTcp`, `refusedOther`, `droppedInvalid`, …
+    /// Packets by counter: `refusedTcp`, `refusedOther`, `noLocalEndpoint`,
+    /// `notAdmitted`.
     pub counters: BTreeMap<String, u64>,
     /// Connections whose source was replaced, by reason: `hairpin`, `offNode`,
     /// `podEgress`, `viaVip`, `masqueradeAll`.
@@ -287,7 +340,7 @@ pub struct FrontendRow {
     pub kind: String,
     /// Such as `10.96.0.10:80/TCP`.
     pub address: String,
-    /// `balance` or `reject`.
+    /// `balance`, `reject` or `drop`.
     pub action: String,
     /// Scheduler.
     pub scheduler: String,

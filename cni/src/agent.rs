@@ -162,7 +162,8 @@ pub(crate) fn allocate(
         | Answer::Tidied
         | Answer::Status(_)
         | Answer::Frontends(_)
-        | Answer::Pods(_) => Err(nonsense("it answers another call".to_owned())),
+        | Answer::Pods(_)
+        | Answer::Trace { .. } => Err(nonsense("it answers another call".to_owned())),
     }
 }
 
@@ -232,7 +233,8 @@ pub(crate) fn release(config: &Config, attachment: &Attachment) -> Result<Releas
             | Answer::Tidied
             | Answer::Status(_)
             | Answer::Frontends(_)
-            | Answer::Pods(_),
+            | Answer::Pods(_)
+            | Answer::Trace { .. },
         ) => "the agent answered another call".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -365,6 +367,7 @@ fn nonsense(answer: &Answer) -> String {
         Answer::Tidied => "tidiness",
         Answer::Status(_) => "a status",
         Answer::Frontends(_) | Answer::Pods(_) => "a list",
+        Answer::Trace { .. } => "a trace",
         Answer::Error(_) => "an error",
     };
     format!(

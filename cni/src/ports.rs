@@ -181,7 +181,6 @@ mod tests {
 
     /// Likewise of what only this version does not serve.
     const UNSERVED: &str = r#"
-        protocol "SCTP" is "sctp", which this version does not serve
         hostIP "127.0.0.1" is 127.0.0.1, a loopback address
         hostIP "::1" is ::1, a loopback address"#;
 

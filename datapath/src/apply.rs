@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use ferrule_model::address::FrontendAddr;
 use ferrule_model::change::Change;
+use ferrule_model::service::{Mark, ServiceKey};
 use ferrule_netlink::Error;
 
 /// A change that the kernel did not make.
@@ -115,35 +116,63 @@ pub async fn apply<K: Kernel>(kernel: &mut K, changes: &[Change]) -> Applied {
 struct Broken {
     /// A step about the VIP itself failed: nothing is built on it.
     vips: BTreeSet<IpAddr>,
+    /// A VIP could not be bound another way.
+    unmoved: BTreeSet<IpAddr>,
     /// A virtual service on the VIP could not be removed: the VIP stays.
     occupied: BTreeSet<IpAddr>,
     /// A virtual service could not be made or removed.
     frontends: BTreeSet<FrontendAddr>,
+    /// The same of virtual services by mark.
+    marks: BTreeSet<Mark>,
 }
 
 impl Broken {
     fn record(&mut self, change: &Change) {
         match change {
-            Change::RemoveService(frontend) | Change::DisallowFrontend(frontend) => {
+            Change::RemoveService(ServiceKey::Address(frontend))
+            | Change::DisallowFrontend(frontend) => {
                 self.occupied.insert(frontend.ip);
                 self.frontends.insert(*frontend);
+            }
+            Change::RemoveService(ServiceKey::Mark { mark, .. })
+            | Change::AddService(ServiceKey::Mark { mark, .. }, _)
+            | Change::SetMark(_, _, Some(mark))
+            | Change::SetMark(_, Some(mark), None) => {
+                self.marks.insert(*mark);
             }
             Change::AllowFrontend(frontend)
             | Change::AddExternal(frontend)
             | Change::AddPreserved(frontend)
             | Change::RemovePreserved(frontend)
             | Change::RemoveExternal(frontend)
-            | Change::AddService(frontend, _) => {
+            // Whom it would let in is not known.
+            | Change::Restrict(frontend, _)
+            | Change::AddService(ServiceKey::Address(frontend), _) => {
                 self.frontends.insert(*frontend);
             }
-            Change::UnbindVip(ip)
+            Change::UnbindVip(ip, _)
             | Change::UnguardVip(ip)
+            | Change::UnsilenceVip(ip)
             | Change::GuardVip(ip)
-            | Change::BindVip(ip) => {
+            | Change::SilenceVip(ip)
+            | Change::BindVip(ip, _) => {
                 self.vips.insert(*ip);
             }
-            // A backend that cannot call itself is better than one that nobody can call.
-            Change::AddHairpin(_)
+            // It is bound as it was, so what builds on that it is bound goes on.
+            Change::RebindVip(ip, _) => {
+                self.unmoved.insert(*ip);
+            }
+            // A backend that cannot call itself is better than one that nobody can call, and who is
+            // refused instead of dropped is not let in either.
+            Change::SetMark(_, None, None)
+            | Change::ReleaseVip(..)
+            | Change::AddServed(_)
+            | Change::RemoveServed(_)
+            | Change::AddDropped(_)
+            | Change::RemoveDropped(_)
+            | Change::AddLeaving(_)
+            | Change::RemoveLeaving(_)
+            | Change::AddHairpin(_)
             | Change::RemoveHairpin(_)
             | Change::UpdateService(..)
             | Change::AddServer(..)
@@ -154,24 +183,41 @@ impl Broken {
 
     fn holds_back(&self, change: &Change) -> bool {
         match change {
-            Change::UnbindVip(ip) | Change::UnguardVip(ip) => {
+            Change::UnbindVip(ip, _) | Change::UnsilenceVip(ip) | Change::UnguardVip(ip) => {
                 self.vips.contains(ip) || self.occupied.contains(ip)
             }
-            Change::GuardVip(ip) | Change::BindVip(ip) => self.vips.contains(ip),
-            Change::RemoveService(frontend)
+            Change::GuardVip(ip)
+            | Change::SilenceVip(ip)
+            | Change::BindVip(ip, _)
+            | Change::RebindVip(ip, _) => self.vips.contains(ip),
+            Change::ReleaseVip(ip, _) => self.vips.contains(ip) || self.unmoved.contains(ip),
+            // The entry proves that a virtual service which still stands is ours.
+            Change::SetMark(_, Some(mark), _) if self.marks.contains(mark) => true,
+            Change::SetMark(_, _, mark) => mark.is_some_and(|mark| self.marks.contains(&mark)),
+            Change::RemoveService(ServiceKey::Mark { mark, .. })
+            | Change::AddService(ServiceKey::Mark { mark, .. }, _)
+            | Change::AddServer(ServiceKey::Mark { mark, .. }, ..) => self.marks.contains(mark),
+            Change::RemoveService(ServiceKey::Address(frontend))
             | Change::DisallowFrontend(frontend)
             | Change::RemoveExternal(frontend)
             | Change::RemovePreserved(frontend)
             | Change::AllowFrontend(frontend)
             | Change::AddExternal(frontend)
             | Change::AddPreserved(frontend)
-            | Change::AddService(frontend, _)
-            | Change::AddServer(frontend, ..) => {
+            | Change::Restrict(frontend, _)
+            | Change::AddService(ServiceKey::Address(frontend), _)
+            | Change::AddServer(ServiceKey::Address(frontend), ..) => {
                 self.frontends.contains(frontend) || self.vips.contains(&frontend.ip)
             }
             // These build on nothing that the same pass makes. A backend that is dead or drains
             // must go whatever else fails, or its share of the connections is lost.
-            Change::AddHairpin(_)
+            Change::AddServed(_)
+            | Change::RemoveServed(_)
+            | Change::AddDropped(_)
+            | Change::RemoveDropped(_)
+            | Change::AddLeaving(_)
+            | Change::RemoveLeaving(_)
+            | Change::AddHairpin(_)
             | Change::RemoveHairpin(_)
             | Change::UpdateService(..)
             | Change::UpdateServer(..)
@@ -185,6 +231,8 @@ mod tests {
     use std::fmt::Write as _;
 
     use ferrule_model::address::{BackendAddr, Protocol};
+    use ferrule_model::binding::Binding;
+    use ferrule_model::change::Restriction;
     use ferrule_model::service::Scheduling;
 
     use super::*;
@@ -198,25 +246,36 @@ mod tests {
         for port in [80, 81] {
             let addr = FrontendAddr::new(ip, port, Protocol::Tcp);
             changes.extend([
-                Change::RemoveService(addr),
+                Change::RemoveService(addr.into()),
                 Change::DisallowFrontend(addr),
                 Change::RemoveExternal(addr),
                 Change::AllowFrontend(addr),
                 Change::AddExternal(addr),
                 Change::AddPreserved(addr),
                 Change::RemovePreserved(addr),
-                Change::AddService(addr, how()),
-                Change::UpdateService(addr, how()),
-                Change::AddServer(addr, backend, 1),
-                Change::UpdateServer(addr, backend, 0),
-                Change::RemoveServer(addr, backend),
+                Change::AddServed(addr),
+                Change::RemoveServed(addr),
+                Change::AddDropped(addr),
+                Change::RemoveDropped(addr),
+                Change::AddLeaving(addr),
+                Change::RemoveLeaving(addr),
+                Change::Restrict(addr, Restriction::default()),
+                Change::AddService(addr.into(), how()),
+                Change::UpdateService(addr.into(), how()),
+                Change::AddServer(addr.into(), backend, 1),
+                Change::UpdateServer(addr.into(), backend, 0),
+                Change::RemoveServer(addr.into(), backend),
             ]);
         }
         changes.extend([
-            Change::UnbindVip(ip),
+            Change::UnbindVip(ip, Binding::Address),
             Change::UnguardVip(ip),
+            Change::UnsilenceVip(ip),
             Change::GuardVip(ip),
-            Change::BindVip(ip),
+            Change::SilenceVip(ip),
+            Change::BindVip(ip, Binding::Address),
+            Change::RebindVip(ip, Binding::Address),
+            Change::ReleaseVip(ip, Binding::Address),
             Change::AddHairpin(backend.ip),
             Change::RemoveHairpin(backend.ip),
         ]);
@@ -247,17 +306,26 @@ mod tests {
             writeln!(table, "{}: {}", short(failed), held.join(" ")).unwrap();
         }
         expect_test::expect![[r"
-            RemoveService:80: DisallowFrontend:80 UnbindVip UnguardVip AllowFrontend:80 AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
-            DisallowFrontend:80: UnbindVip UnguardVip AllowFrontend:80 AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
-            UnbindVip: UnguardVip GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            UnguardVip: GuardVip BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            GuardVip: BindVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            BindVip: AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 AddService:80 AddService:81 AddServer:80 AddServer:81
-            AllowFrontend:80: AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
-            AddExternal:80: AddPreserved:80 RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
-            AddPreserved:80: RemovePreserved:80 RemoveExternal:80 AddService:80 AddServer:80
-            RemovePreserved:80: RemoveExternal:80 AddService:80 AddServer:80
-            RemoveExternal:80: AddService:80 AddServer:80
+            AddDropped:80: 
+            AddLeaving:80: 
+            RemoveService:80: DisallowFrontend:80 UnbindVip UnsilenceVip UnguardVip AllowFrontend:80 AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 Restrict:80 AddService:80 AddServer:80
+            DisallowFrontend:80: UnbindVip UnsilenceVip UnguardVip AllowFrontend:80 AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 Restrict:80 AddService:80 AddServer:80
+            UnbindVip: UnsilenceVip UnguardVip GuardVip SilenceVip BindVip RebindVip ReleaseVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 Restrict:80 Restrict:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            UnsilenceVip: UnguardVip GuardVip SilenceVip BindVip RebindVip ReleaseVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 Restrict:80 Restrict:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            UnguardVip: GuardVip SilenceVip BindVip RebindVip ReleaseVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 Restrict:80 Restrict:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            GuardVip: SilenceVip BindVip RebindVip ReleaseVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 Restrict:80 Restrict:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            SilenceVip: BindVip RebindVip ReleaseVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 Restrict:80 Restrict:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            BindVip: RebindVip ReleaseVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 Restrict:80 Restrict:81 AddService:80 AddService:81 AddServer:80 AddServer:81
+            RebindVip: ReleaseVip
+            ReleaseVip: 
+            AllowFrontend:80: AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 Restrict:80 AddService:80 AddServer:80
+            AddExternal:80: AddPreserved:80 RemovePreserved:80 RemoveExternal:80 Restrict:80 AddService:80 AddServer:80
+            AddPreserved:80: RemovePreserved:80 RemoveExternal:80 Restrict:80 AddService:80 AddServer:80
+            RemovePreserved:80: RemoveExternal:80 Restrict:80 AddService:80 AddServer:80
+            RemoveExternal:80: Restrict:80 AddService:80 AddServer:80
+            Restrict:80: AddService:80 AddServer:80
+            AddServed:80: 
+            RemoveServed:80: 
             AddHairpin: 
             AddService:80: AddServer:80
             UpdateService:80: 
@@ -265,6 +333,8 @@ mod tests {
             UpdateServer:80: 
             RemoveServer:80: 
             RemoveHairpin: 
+            RemoveDropped:80: 
+            RemoveLeaving:80: 
         "]].assert_eq(&table);
     }
 }

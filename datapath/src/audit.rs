@@ -8,7 +8,6 @@ use tracing::warn;
 
 use crate::filter::{self, Elements, RulesetError, TableState};
 use crate::node::{Node, ObserveError, OpenError, Settings};
-use crate::vip::VipDevice;
 
 /// What was wrong with our table and was put right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,23 +146,23 @@ impl Node {
     /// # Errors
     /// [`OpenError`].
     pub async fn ensure_device(&mut self) -> Result<bool, OpenError> {
-        let name = &self.settings.vip_device;
-        // Renamed it has our VIPs still, and beside another one they would be a foreign device's.
-        if VipDevice::find(name).await?.is_none() && self.device.take_name_back().await? {
-            return Ok(true);
-        }
-        let device = VipDevice::ensure(&self.settings.vip_device).await?;
-        let another = device.index() != self.device.index();
-        if another {
-            self.device = device;
-        }
-        Ok(another)
+        Ok(self.bindings.ensure_device().await?)
     }
 
-    /// Index of the VIP device.
+    /// Removes the VIP device where VIPs are bound otherwise and none is left on it.
+    /// Whether it was removed.
+    ///
+    /// # Errors
+    /// [`ObserveError`]; it stays then.
+    pub async fn remove_unused_device(&mut self) -> Result<bool, ObserveError> {
+        let removed = self.bindings.remove_unused_device().await;
+        removed.map_err(ObserveError::of("the VIP device, which is not used"))
+    }
+
+    /// Index of the VIP device, where there is one.
     #[must_use]
-    pub fn device_index(&self) -> u32 {
-        self.device.index()
+    pub fn device_index(&self) -> Option<u32> {
+        self.bindings.device_index()
     }
 
     /// Packets by the name of the counter in our table.

@@ -6,7 +6,11 @@
 
 pub mod apply;
 mod audit;
+pub mod bindings;
+mod cleanup;
+pub mod conntrack;
 pub mod filter;
+mod glimpse;
 pub mod ipvs;
 pub mod local_ports;
 pub mod modules;
@@ -15,10 +19,12 @@ mod node;
 pub mod probe;
 pub mod routes;
 mod sysctl;
+pub mod tuning;
 pub mod vip;
 
 pub use apply::{Applied, ChangeError, Kernel, apply};
 pub use audit::FilterDrift;
+pub use cleanup::{CleanupError, cleanup};
 pub use ferrule_netlink::Error;
-pub use node::{CleanupError, Node, ObserveError, OpenError, Settings, cleanup};
-pub use sysctl::{SysctlError, ensure_forwarding};
+pub use node::{Node, ObserveError, OpenError, Settings};
+pub use sysctl::{Changed, SysctlError, Sysctls, ensure_forwarding};

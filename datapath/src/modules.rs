@@ -55,6 +55,13 @@ const LOADED: &str = "/sys/module";
 /// How long loading one may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Whether the kernel says that it has the module. What is built in and has no
+/// parameters does not show.
+#[must_use]
+pub fn is_loaded(name: &str) -> bool {
+    Path::new(LOADED).join(name).exists()
+}
+
 /// Loads what is not there yet and returns what is missing then. That is no
 /// failure by itself: a container may lack the program, or a kernel have it
 /// built in without saying so. Whoever needs the module finds out, and has the
@@ -63,7 +70,7 @@ pub async fn load() -> Vec<Module> {
     let program = PROGRAMS.into_iter().find(|path| Path::new(path).exists());
     let mut missing = Vec::new();
     for module in NEEDED {
-        if Path::new(LOADED).join(module.name).exists() {
+        if is_loaded(module.name) {
             continue;
         }
         let loaded = match program {

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use ferrule_model::binding::Binding;
 use ferrule_netlink::{Error, Monitor};
 use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -9,6 +10,7 @@ use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::route::{RouteHeader, RouteMessage};
 
+use crate::bindings::{is_alias, vip_of};
 use crate::routes::{NodeRoute, destination, our_routes};
 use crate::vip::address_of;
 
@@ -32,6 +34,17 @@ pub enum News {
         index: u32,
         /// The address, if the kernel said it.
         ip: Option<IpAddr>,
+        /// Whether it is there now.
+        present: bool,
+        /// Whether it is a VIP of ours on a device that is not.
+        alias: bool,
+    },
+    /// A local route of ours to a VIP came, changed or went.
+    VipRoute {
+        /// The VIP.
+        ip: IpAddr,
+        /// How it binds that.
+        binding: Binding,
         /// Whether it is there now.
         present: bool,
     },
@@ -109,12 +122,18 @@ fn address(message: &AddressMessage, present: bool) -> News {
         index: message.header.index,
         ip: address_of(message),
         present,
+        alias: is_alias(message),
     }
 }
 
 fn route(message: &RouteMessage, present: bool) -> Option<News> {
     if message.header.table != RouteHeader::RT_TABLE_MAIN {
-        return None;
+        let (ip, binding) = vip_of(message)?;
+        return Some(News::VipRoute {
+            ip,
+            binding,
+            present,
+        });
     }
     let destination = match destination(message) {
         Ok(destination) => destination?,

@@ -1,11 +1,10 @@
 //! The kernel of one node: opened, observed, changed, cleaned.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 
-use ferrule_model::address::{BackendAddr, FrontendAddr};
+use ferrule_model::address::BackendAddr;
+use ferrule_model::binding::{Binding, VipBinding};
 use ferrule_model::change::Change;
 use ferrule_model::names::IfName;
 use ferrule_model::observed::Observed;
@@ -13,20 +12,20 @@ use ferrule_model::ownership::owns_virtual_service;
 use ferrule_model::service::{Scheduler, Scheduling, VirtualService, Weight};
 use ferrule_model::source_nat::SourceNat;
 use ferrule_netlink::{Error, Protocol, Socket};
+use ipnetwork::IpNetwork;
 use rustix::io::Errno;
-use tracing::info;
 
 use crate::apply::{ChangeError, Kernel};
 use crate::audit::{Loaded, load_filter};
-use crate::filter::{self, Element, Elements, RulesetError};
+use crate::bindings::{Bindings, Bound};
+use crate::filter::{self, Element, Elements, RulesetError, Swap};
 use crate::ipvs::{
     self, ForwardMethod, Order, RealServer, ServerSettings, Service, ServiceFlags, ServiceKey,
     ServiceSettings,
 };
 use crate::modules;
-use crate::routes::{NodeRoute, Routes};
-use crate::sysctl::{self, SysctlError};
-use crate::vip::{DeviceError, VipDevice};
+use crate::sysctl::{self, SysctlError, Sysctls};
+use crate::vip::DeviceError;
 
 /// Weight by which a real server is observed whose other settings are not ours
 /// (limits, a forwarding method other than NAT): no desired weight equals it,
@@ -42,14 +41,18 @@ const SCHEDULER_FLAGS: u32 = 0b111;
 pub struct Settings {
     /// The dummy device that carries the VIPs.
     pub vip_device: IfName,
+    /// How VIPs are bound.
+    pub vip_binding: VipBinding,
     /// Our nftables table.
     pub nft_table: String,
-    /// Where `/proc/sys` is.
-    pub sysctl_root: PathBuf,
+    /// The kernel's settings, and where changes of them are recorded.
+    pub sysctls: Sysctls,
     /// Whether kernel modules may be loaded.
     pub load_modules: bool,
     /// The program that loads the base ruleset.
     pub nft_program: PathBuf,
+    /// Networks at whose addresses other programs may have virtual services, even at VIPs of ours.
+    pub excluded: Vec<IpNetwork>,
 }
 
 /// Why services cannot be programmed. Each names the remedy.
@@ -104,23 +107,13 @@ impl ObserveError {
     }
 }
 
-/// What could not be removed.
-#[derive(Debug, thiserror::Error)]
-pub struct CleanupError(Vec<String>);
-
-impl fmt::Display for CleanupError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join("; "))
-    }
-}
-
 /// The kernel of one network namespace.
 #[derive(Debug)]
 pub struct Node {
     pub(crate) settings: Settings,
     pub(crate) ipvs: ipvs::Client,
     pub(crate) elements: Elements,
-    pub(crate) device: VipDevice,
+    pub(crate) bindings: Bindings,
     /// Asks about the table, so that it never waits for elements.
     pub(crate) netfilter: Socket,
     pub(crate) nat: SourceNat,
@@ -147,8 +140,8 @@ impl Node {
                 OpenError::Socket(error)
             }
         })?;
-        sysctl::ensure_forwarding(&settings.sysctl_root)?;
-        sysctl::ensure_services(&settings.sysctl_root)?;
+        sysctl::ensure_forwarding(&settings.sysctls)?;
+        sysctl::ensure_services(&settings.sysctls)?;
         let netfilter = Socket::open(Protocol::Netfilter).map_err(|error| {
             if error.errno() == Some(Errno::PROTONOSUPPORT) {
                 OpenError::NoNftables(error)
@@ -160,7 +153,7 @@ impl Node {
         Ok(Self {
             ipvs,
             elements: Elements::open(&settings.nft_table).map_err(OpenError::Socket)?,
-            device: VipDevice::ensure(&settings.vip_device).await?,
+            bindings: Bindings::open(&settings.vip_device, &settings.vip_binding).await?,
             netfilter,
             nat,
             loaded,
@@ -176,14 +169,14 @@ impl Node {
     pub async fn observe(&self) -> Result<Observed, ObserveError> {
         let mut observed = Observed::default();
         self.observe_filter(&mut observed).await?;
-        observed.bound = self.observe_vips().await?;
-        for (addr, scheduling) in self.observe_services(&observed).await? {
-            let servers = self.observe_servers(&addr).await?;
+        observed.bound = self.observe_bindings().await?;
+        for (key, scheduling) in self.observe_services(&observed).await? {
+            let servers = self.observe_servers(&key).await?;
             let service = VirtualService {
                 scheduling,
                 servers,
             };
-            observed.services.insert(addr, service);
+            observed.services.insert(key, service);
         }
         Ok(observed)
     }
@@ -203,31 +196,20 @@ impl Node {
             elements.map_err(ObserveError::of("the elements of our nftables sets"))?;
         let removed = self.elements.remove_strange(&strange).await;
         removed.map_err(ObserveError::of("foreign elements of our nftables sets"))?;
-        observed.guarded.clear();
-        observed.allowed.clear();
-        observed.external.clear();
-        observed.preserved.clear();
-        observed.hairpins.clear();
+        observed.take_filter(Observed::default());
         for element in elements {
-            match element {
-                Element::Vip(ip) => observed.guarded.insert(ip),
-                Element::Frontend(addr) => observed.allowed.insert(addr),
-                Element::External(addr) => observed.external.insert(addr),
-                Element::Preserved(addr) => observed.preserved.insert(addr),
-                Element::Hairpin(ip) => observed.hairpins.insert(ip),
-            };
+            note_element(observed, element);
         }
         Ok(strange.iter().map(filter::Strange::set).collect())
     }
 
-    /// The addresses on the VIP device.
+    /// VIPs that are bound, and how.
     ///
     /// # Errors
     /// [`ObserveError`]; what is returned is complete.
-    pub async fn observe_vips(&self) -> Result<BTreeSet<IpAddr>, ObserveError> {
-        let device = format!("the addresses of {}", self.device.name());
-        let addresses = self.device.addresses().await;
-        addresses.map_err(ObserveError::of(device))
+    pub async fn observe_bindings(&self) -> Result<BTreeSet<Bound>, ObserveError> {
+        let bound = self.bindings.list().await;
+        bound.map_err(ObserveError::of("the addresses and local routes of VIPs"))
     }
 
     /// Our virtual services without their real servers; `observed` has the proof
@@ -238,17 +220,14 @@ impl Node {
     pub async fn observe_services(
         &self,
         observed: &Observed,
-    ) -> Result<BTreeMap<FrontendAddr, Scheduling>, ObserveError> {
-        let vips: BTreeSet<IpAddr> = &observed.guarded | &observed.bound;
+    ) -> Result<BTreeMap<ServiceKey, Scheduling>, ObserveError> {
+        let proofs = observed.proofs(&self.settings.excluded);
         let services = self.ipvs.services().await;
         let services = services.map_err(ObserveError::of("virtual services"))?;
-        let ours = services.iter().filter_map(|service| match service.key {
-            ServiceKey::Address(addr) if owns_virtual_service(&addr, &vips, &observed.external) => {
-                Some((addr, scheduling(service)))
-            }
-            // By firewall mark: never ours.
-            ServiceKey::Address(_) | ServiceKey::Mark { .. } => None,
-        });
+        let ours = services
+            .iter()
+            .filter(|service| owns_virtual_service(&service.key, &proofs));
+        let ours = ours.map(|service| (service.key, scheduling(service)));
         Ok(ours.collect())
     }
 
@@ -258,13 +237,41 @@ impl Node {
     /// [`ObserveError`]; what is returned is complete.
     pub async fn observe_servers(
         &self,
-        addr: &FrontendAddr,
+        key: &ServiceKey,
     ) -> Result<BTreeMap<BackendAddr, Weight>, ObserveError> {
-        match self.ipvs.servers(&ServiceKey::Address(*addr)).await {
+        match self.ipvs.servers(key).await {
             Ok(servers) => Ok(servers.iter().map(|s| (s.addr, weight(s))).collect()),
             Err(error) if error.is_not_found() => Ok(BTreeMap::new()),
-            Err(error) => Err(ObserveError::of(format!("real servers of {addr}"))(error)),
+            Err(error) => Err(ObserveError::of(format!("real servers of {key}"))(error)),
         }
+    }
+
+    /// How many connections each real server of a virtual service has: established ones, and
+    /// others, which begin, end, or wait for their time-outs. Of a service that is gone there
+    /// are none.
+    ///
+    /// # Errors
+    /// [`ObserveError`].
+    pub async fn connections(
+        &self,
+        key: &ServiceKey,
+    ) -> Result<BTreeMap<BackendAddr, (u32, u32)>, ObserveError> {
+        match self.ipvs.servers(key).await {
+            Ok(servers) => {
+                let servers = servers.into_iter();
+                Ok(servers.map(|s| (s.addr, (s.active, s.inactive))).collect())
+            }
+            Err(error) if error.is_not_found() => Ok(BTreeMap::new()),
+            Err(error) => Err(ObserveError::of(format!("real servers of {key}"))(error)),
+        }
+    }
+
+    /// Sets how long IPVS remembers connections; zero leaves a time-out as it is.
+    ///
+    /// # Errors
+    /// [`Error`]; they stay as they were.
+    pub async fn set_timeouts(&self, timeouts: &ipvs::Timeouts) -> Result<(), Error> {
+        self.ipvs.set_timeouts(timeouts).await
     }
 
     /// Counters of our virtual services, for listings.
@@ -273,16 +280,26 @@ impl Node {
     /// [`ObserveError`].
     pub async fn service_statistics(
         &self,
-    ) -> Result<BTreeMap<FrontendAddr, ipvs::Stats>, ObserveError> {
+    ) -> Result<BTreeMap<ServiceKey, ipvs::Stats>, ObserveError> {
         let services = self.ipvs.services().await;
         let services = services.map_err(ObserveError::of("virtual services"))?;
-        let by_address = services
-            .into_iter()
-            .filter_map(|service| match service.key {
-                ServiceKey::Address(addr) => Some((addr, service.stats)),
-                ServiceKey::Mark { .. } => None,
-            });
-        Ok(by_address.collect())
+        let services = services.into_iter();
+        Ok(services
+            .map(|service| (service.key, service.stats))
+            .collect())
+    }
+
+    /// The VIP device is ours, and was there; a device that is another's comes and goes.
+    async fn bind(&self, bound: &[Bound]) -> Vec<Result<(), ChangeError>> {
+        let results = self.bindings.bind(bound).await.into_iter().zip(bound);
+        let judged = results.map(|(result, (_, binding))| {
+            let gone = match binding {
+                Binding::Address => Gone::Contradicts,
+                Binding::Route { .. } | Binding::Alias { .. } => Gone::Refuses,
+            };
+            judge(result, gone)
+        });
+        judged.collect()
     }
 
     async fn orders(&self, orders: Vec<Order>) -> Vec<Result<(), Error>> {
@@ -348,8 +365,9 @@ impl Node {
 /// Changes of one kind, taken apart.
 #[derive(Default)]
 struct Run {
-    ips: Vec<IpAddr>,
+    bound: Vec<Bound>,
     elements: Vec<Element>,
+    swaps: Vec<Swap>,
     first: Vec<Order>,
     second: Vec<Order>,
 }
@@ -364,10 +382,15 @@ impl Run {
     }
 
     fn take(&mut self, change: &Change) {
-        let key = |addr: &FrontendAddr| ServiceKey::Address(*addr);
         match change {
-            Change::UnbindVip(ip) | Change::BindVip(ip) => self.ips.push(*ip),
+            Change::UnbindVip(ip, binding)
+            | Change::BindVip(ip, binding)
+            | Change::RebindVip(ip, binding)
+            | Change::ReleaseVip(ip, binding) => self.bound.push((*ip, binding.clone())),
             Change::UnguardVip(ip) | Change::GuardVip(ip) => self.elements.push(Element::Vip(*ip)),
+            Change::UnsilenceVip(ip) | Change::SilenceVip(ip) => {
+                self.elements.push(Element::Silent(*ip));
+            }
             Change::AddHairpin(ip) | Change::RemoveHairpin(ip) => {
                 self.elements.push(Element::Hairpin(*ip));
             }
@@ -377,34 +400,42 @@ impl Run {
             Change::AddPreserved(addr) | Change::RemovePreserved(addr) => {
                 self.elements.push(Element::Preserved(*addr));
             }
+            Change::AddServed(addr) | Change::RemoveServed(addr) => {
+                self.elements.push(Element::Served(*addr));
+            }
+            Change::AddLeaving(addr) | Change::RemoveLeaving(addr) => {
+                self.elements.push(Element::Leaving(*addr));
+            }
+            Change::AddDropped(addr) | Change::RemoveDropped(addr) => {
+                self.elements.push(Element::Dropped(*addr));
+            }
+            Change::Restrict(addr, how) => self.swaps.push(Swap::of(*addr, how)),
+            Change::SetMark(addr, from, to) => self.swaps.push(Swap::mark(*addr, *from, *to)),
             Change::DisallowFrontend(addr) | Change::AllowFrontend(addr) => {
                 self.elements.push(Element::Frontend(*addr));
             }
-            Change::RemoveService(addr) => self.first.push(Order::DeleteService(key(addr))),
-            Change::AddService(addr, how) => {
+            Change::RemoveService(key) => self.first.push(Order::DeleteService(*key)),
+            Change::AddService(key, how) => {
                 self.first
-                    .push(Order::AddService(key(addr), service_settings(addr, how)));
+                    .push(Order::AddService(*key, service_settings(key, how)));
                 self.second
-                    .push(Order::SetService(key(addr), service_settings(addr, how)));
+                    .push(Order::SetService(*key, service_settings(key, how)));
             }
-            Change::UpdateService(addr, how) => {
+            Change::UpdateService(key, how) => {
                 self.first
-                    .push(Order::SetService(key(addr), service_settings(addr, how)));
+                    .push(Order::SetService(*key, service_settings(key, how)));
             }
-            Change::AddServer(addr, backend, weight) => {
+            Change::AddServer(key, backend, weight) => {
                 let settings = ServerSettings::nat(*weight);
-                self.first
-                    .push(Order::AddServer(key(addr), *backend, settings));
-                self.second
-                    .push(Order::SetServer(key(addr), *backend, settings));
+                self.first.push(Order::AddServer(*key, *backend, settings));
+                self.second.push(Order::SetServer(*key, *backend, settings));
             }
-            Change::UpdateServer(addr, backend, weight) => {
+            Change::UpdateServer(key, backend, weight) => {
                 let settings = ServerSettings::nat(*weight);
-                self.first
-                    .push(Order::SetServer(key(addr), *backend, settings));
+                self.first.push(Order::SetServer(*key, *backend, settings));
             }
-            Change::RemoveServer(addr, backend) => {
-                self.first.push(Order::DeleteServer(key(addr), *backend));
+            Change::RemoveServer(key, backend) => {
+                self.first.push(Order::DeleteServer(*key, *backend));
             }
         }
     }
@@ -417,20 +448,33 @@ impl Kernel for Node {
         };
         let run = Run::of(changes);
         let (results, gone) = match kind {
-            Change::UnbindVip(_) => (self.device.unbind(&run.ips).await, Gone::Fine),
-            Change::BindVip(_) => (self.device.bind(&run.ips).await, Gone::Contradicts),
+            Change::UnbindVip(..) | Change::ReleaseVip(..) => {
+                (self.bindings.unbind(&run.bound).await, Gone::Fine)
+            }
+            Change::BindVip(..) | Change::RebindVip(..) => return self.bind(&run.bound).await,
             Change::UnguardVip(_)
+            | Change::UnsilenceVip(_)
             | Change::DisallowFrontend(_)
             | Change::RemoveExternal(_)
             | Change::RemovePreserved(_)
+            | Change::RemoveDropped(_)
+            | Change::RemoveLeaving(_)
+            | Change::RemoveServed(_)
             | Change::RemoveHairpin(_) => {
                 (self.elements.remove(&run.elements).await, Gone::Contradicts)
             }
             Change::GuardVip(_)
+            | Change::SilenceVip(_)
             | Change::AllowFrontend(_)
             | Change::AddExternal(_)
             | Change::AddPreserved(_)
+            | Change::AddDropped(_)
+            | Change::AddLeaving(_)
+            | Change::AddServed(_)
             | Change::AddHairpin(_) => (self.elements.add(&run.elements).await, Gone::Contradicts),
+            Change::Restrict(..) | Change::SetMark(..) => {
+                (self.elements.swap(&run.swaps).await, Gone::Contradicts)
+            }
             Change::RemoveService(_) | Change::RemoveServer(..) => {
                 (self.orders(run.first).await, Gone::Fine)
             }
@@ -462,6 +506,8 @@ enum Gone {
     Contradicts,
     /// A failure as any other.
     Fails,
+    /// The same, and so is that something exists.
+    Refuses,
 }
 
 fn judge(result: Result<(), Error>, gone: Gone) -> Result<(), ChangeError> {
@@ -469,11 +515,13 @@ fn judge(result: Result<(), Error>, gone: Gone) -> Result<(), ChangeError> {
         Gone::Fine if error.is_not_found() => Ok(()),
         Gone::Contradicts if error.is_not_found() => Err(ChangeError::contradicts(error)),
         Gone::Fails if error.already_exists() => Err(ChangeError::contradicts(error)),
-        Gone::Fine | Gone::Contradicts | Gone::Fails => Err(ChangeError::new(error)),
+        Gone::Fine | Gone::Contradicts | Gone::Fails | Gone::Refuses => {
+            Err(ChangeError::new(error))
+        }
     })
 }
 
-fn service_settings(addr: &FrontendAddr, scheduling: &Scheduling) -> ServiceSettings {
+fn service_settings(key: &ServiceKey, scheduling: &Scheduling) -> ServiceSettings {
     let scheduler_flags =
         (u32::from(scheduling.scheduler_flags) & SCHEDULER_FLAGS) << SCHEDULER_FLAGS_SHIFT;
     let mut flags = ServiceFlags::from_bits(scheduler_flags);
@@ -484,14 +532,14 @@ fn service_settings(addr: &FrontendAddr, scheduling: &Scheduling) -> ServiceSett
         scheduler: scheduling.scheduler.name().to_owned(),
         flags,
         timeout: scheduling.persistence.unwrap_or(0),
-        prefix: ferrule_model::address::Family::of(addr.ip).bits(),
+        prefix: key.family().bits(),
         engine: None,
     }
 }
 
 /// A service with settings that we never make is observed with a scheduler that
 /// does not exist, so that it differs from whatever is desired.
-fn scheduling(service: &Service) -> Scheduling {
+pub(crate) fn scheduling(service: &Service) -> Scheduling {
     let settings = &service.settings;
     let ours = SCHEDULER_FLAGS << SCHEDULER_FLAGS_SHIFT
         | ServiceFlags::PERSISTENT.bits()
@@ -525,129 +573,21 @@ fn weight(server: &RealServer) -> Weight {
     }
 }
 
-/// Removes what is ours from the calling thread's network namespace: virtual
-/// services on our VIPs and node ports, the VIP device, our nftables table, routes
-/// to other nodes' pods; nothing else.
-///
-/// # Errors
-/// Everything that could not be removed; what could is gone.
-pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
-    let mut problems = Vec::new();
-    let services = remove_services(&settings, &mut problems).await;
-    match our_device(&settings).await {
-        Ok(None) => {}
-        // Its addresses prove whose the services are: it stays until these are gone.
-        Ok(Some(device)) if services => {
-            if let Err(error) = device.remove().await {
-                problems.push(format!("device {}: {error}", settings.vip_device));
-            }
+pub(crate) fn note_element(observed: &mut Observed, element: Element) {
+    match element {
+        Element::Vip(ip) => observed.guarded.insert(ip),
+        Element::Silent(ip) => observed.silent.insert(ip),
+        Element::Frontend(addr) => observed.allowed.insert(addr),
+        Element::External(addr) => observed.external.insert(addr),
+        Element::Preserved(addr) => observed.preserved.insert(addr),
+        Element::Dropped(addr) => observed.dropped.insert(addr),
+        Element::Leaving(addr) => observed.leaving.insert(addr),
+        Element::Served(addr) => observed.served.insert(addr),
+        Element::Limited(addr) => observed.limited.insert(addr),
+        Element::Admitted(addr, network) => {
+            observed.admitted.entry(addr).or_default().insert(network)
         }
-        Ok(Some(_)) => problems.push(format!("device {} stays", settings.vip_device)),
-        Err(error) => problems.push(error.to_string()),
-    }
-    if services && let Err(error) = filter::remove(&settings.nft_program, &settings.nft_table).await
-    {
-        problems.push(error.to_string());
-    }
-    if let Err(error) = remove_routes().await {
-        problems.push(format!("routes to other nodes' pods: {error}"));
-    }
-    if problems.is_empty() {
-        Ok(())
-    } else {
-        Err(CleanupError(problems))
-    }
-}
-
-/// Routes to this node's pods stay: the pods live on.
-async fn remove_routes() -> Result<(), Error> {
-    let routes = Routes::open()?;
-    let ours: Vec<NodeRoute> = routes.list().await?.ours.into_iter().collect();
-    routes.remove(&ours).await.into_iter().collect()
-}
-
-/// Whether all of our virtual services are gone.
-async fn remove_services(settings: &Settings, problems: &mut Vec<String>) -> bool {
-    let client = match ipvs::Client::open().await {
-        Ok(client) => client,
-        Err(error) if error.is_not_found() => return true,
-        Err(error) => {
-            problems.push(format!("virtual services: {error}"));
-            return false;
-        }
+        Element::Marked(addr, mark) => observed.marks.insert(addr, mark).is_none(),
+        Element::Hairpin(ip) => observed.hairpins.insert(ip),
     };
-    let (vips, external) = match our_addresses(settings).await {
-        Ok(ours) => ours,
-        Err(error) => {
-            problems.push(error);
-            return false;
-        }
-    };
-    let services = match client.services().await {
-        Ok(services) => services,
-        Err(error) => {
-            problems.push(format!("virtual services: {error}"));
-            return false;
-        }
-    };
-    let orders: Vec<Order> = services
-        .iter()
-        .filter(|service| {
-            matches!(&service.key, ServiceKey::Address(addr)
-                if owns_virtual_service(addr, &vips, &external))
-        })
-        .map(|service| Order::DeleteService(service.key))
-        .collect();
-    let before = problems.len();
-    for (order, result) in orders.iter().zip(client.carry_out(&orders).await) {
-        if let Err(error) = result
-            && !error.is_not_found()
-        {
-            problems.push(format!("{order:?}: {error}"));
-        }
-    }
-    problems.len() == before
-}
-
-/// A device of the name that is no dummy is another's: none of ours is there.
-async fn our_device(settings: &Settings) -> Result<Option<VipDevice>, DeviceError> {
-    match VipDevice::find(&settings.vip_device).await {
-        Err(DeviceError::Taken { device }) => {
-            info!(%device, "not ours, it stays");
-            Ok(None)
-        }
-        found => found,
-    }
-}
-
-/// VIPs of ours, and our frontends at addresses that are not.
-async fn our_addresses(
-    settings: &Settings,
-) -> Result<(BTreeSet<IpAddr>, BTreeSet<FrontendAddr>), String> {
-    let mut vips = BTreeSet::new();
-    let mut external = BTreeSet::new();
-    let device = our_device(settings).await;
-    if let Some(device) = device.map_err(|error| error.to_string())? {
-        let addresses = device.addresses().await;
-        vips.extend(addresses.map_err(|error| format!("device {}: {error}", device.name()))?);
-    }
-    let elements = Elements::open(&settings.nft_table).map_err(|error| error.to_string())?;
-    match elements.list().await {
-        Ok(elements) => {
-            for element in elements {
-                match element {
-                    Element::Vip(ip) => {
-                        vips.insert(ip);
-                    }
-                    Element::External(addr) => {
-                        external.insert(addr);
-                    }
-                    Element::Frontend(_) | Element::Preserved(_) | Element::Hairpin(_) => {}
-                }
-            }
-        }
-        Err(error) if error.is_not_found() => {}
-        Err(error) => return Err(format!("table {}: {error}", settings.nft_table)),
-    }
-    Ok((vips, external))
 }

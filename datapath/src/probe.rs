@@ -12,6 +12,7 @@ use ferrule_netlink::Error;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::bindings;
 use crate::ipvs;
 use crate::node::OpenError;
 use crate::vip::{DeviceError, VipDevice};
@@ -37,6 +38,19 @@ pub async fn ipvs() -> Result<(), OpenError> {
 /// When the name belongs to another kind of device.
 pub async fn vip_device(name: &IfName) -> Result<bool, DeviceError> {
     VipDevice::find(name).await.map(|found| found.is_some())
+}
+
+/// Whether a device on which VIPs are to be bound exists.
+///
+/// # Errors
+/// When the kernel cannot tell VIPs there from others' addresses.
+pub async fn alias_device(name: &IfName) -> Result<bool, DeviceError> {
+    bindings::check_kernel(name)?;
+    match VipDevice::find(name).await {
+        // It is a device, and that is enough.
+        Err(DeviceError::Taken { .. }) => Ok(true),
+        found => found.map(|found| found.is_some()),
+    }
 }
 
 /// Makes a device for VIPs; to be called in a namespace that nobody uses.

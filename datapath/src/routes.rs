@@ -21,6 +21,8 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use crate::bindings::is_alias;
+
 /// `struct ifinfomsg` of `linux/rtnetlink.h`: its length, where the index is.
 const LINK_HEADER: usize = 16;
 const LINK_INDEX: usize = 4;
@@ -196,7 +198,8 @@ impl Routes {
     /// The addresses of the machine that others may reach, by index of their
     /// device and then by number, those that routers announce from the loopback
     /// device among them. Left out are: those of host scope, link-local, loopback,
-    /// multicast and unspecified ones, and those that another machine was found to have.
+    /// multicast and unspecified ones, those that another machine was found to have, and VIPs
+    /// of ours.
     ///
     /// # Errors
     /// [`Error`]; what is returned is complete.
@@ -216,18 +219,22 @@ impl Routes {
         Ok(addresses)
     }
 
-    /// The names of the devices by their index.
     async fn devices(&self) -> Result<BTreeMap<u32, String>, Error> {
-        let question = route::encode(RouteNetlinkMessage::GetLink(LinkMessage::default()));
-        let mut devices = BTreeMap::new();
-        for answer in self.socket.dump(question).await? {
-            if answer.message_type == NEW_LINK {
-                let (index, device) = device(&answer)?;
-                devices.insert(index, device);
-            }
-        }
-        Ok(devices)
+        devices(&self.socket).await
     }
+}
+
+/// The names of the devices by their index.
+pub(crate) async fn devices(socket: &Socket) -> Result<BTreeMap<u32, String>, Error> {
+    let question = route::encode(RouteNetlinkMessage::GetLink(LinkMessage::default()));
+    let mut devices = BTreeMap::new();
+    for answer in socket.dump(question).await? {
+        if answer.message_type == NEW_LINK {
+            let (index, device) = device(&answer)?;
+            devices.insert(index, device);
+        }
+    }
+    Ok(devices)
 }
 
 /// Where a route leads.
@@ -306,7 +313,7 @@ pub(crate) fn destination(message: &RouteMessage) -> Result<Option<IpNetwork>, E
         .ok_or_else(|| Error::Decode(format!("a route to /{prefix} without its destination")))
 }
 
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
+pub(crate) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(ip) => Some((*ip).into()),
         RouteAddress::Inet6(ip) => Some((*ip).into()),
@@ -416,7 +423,8 @@ fn machine_address(
     };
     let reachable = !is_of_the_machine_alone(ip)
         && message.header.scope != AddressScope::Host
-        && !flags.contains(AddressFlags::Dadfailed);
+        && !flags.contains(AddressFlags::Dadfailed)
+        && !is_alias(message);
     Ok(reachable.then(|| MachineAddress {
         ip,
         prefix: message.header.prefix_len,

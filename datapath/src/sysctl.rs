@@ -1,10 +1,12 @@
 //! Kernel settings that pods and services need.
 
+mod record;
+
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use tracing::info;
+pub use self::record::{Changed, Sysctls};
 
 /// A setting that could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -38,30 +40,35 @@ const SERVICES: [Setting; 3] = [
     ("net/ipv4/vs/expire_quiescent_template", "1", false),
 ];
 
+/// Whether pods have no way out of the node without this setting.
+pub(crate) fn is_for_pods(key: &str) -> bool {
+    let mut settings = FORWARDING.iter();
+    settings.any(|(of_pods, ..)| *of_pods == key) || key.ends_with("/accept_ra")
+}
+
 /// Lets packets of pods pass through the node of the calling thread's network
-/// namespace; writes only what differs. `root` is where `/proc/sys` is.
+/// namespace; writes only what differs.
 ///
 /// # Errors
 /// The first setting that cannot be made.
-pub fn ensure_forwarding(root: &Path) -> Result<(), SysctlError> {
-    keep_router_advertisements(root)?;
-    ensure(root, &FORWARDING)
+pub fn ensure_forwarding(sysctls: &Sysctls) -> Result<(), SysctlError> {
+    keep_router_advertisements(sysctls)?;
+    ensure(sysctls, &FORWARDING)
 }
 
 /// Makes the settings that services need; writes only what differs.
-pub(crate) fn ensure_services(root: &Path) -> Result<(), SysctlError> {
-    ensure(root, &SERVICES)
+pub(crate) fn ensure_services(sysctls: &Sysctls) -> Result<(), SysctlError> {
+    ensure(sysctls, &SERVICES)
 }
 
-fn ensure(root: &Path, settings: &[Setting]) -> Result<(), SysctlError> {
+fn ensure(sysctls: &Sysctls, settings: &[Setting]) -> Result<(), SysctlError> {
     for (key, value, optional) in settings {
-        let path = root.join(key);
-        match write_if_different(&path, value) {
-            Ok(()) => {}
+        match sysctls.write(key, value) {
+            Ok(_) => {}
             Err(error) if *optional && error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => {
                 return Err(SysctlError {
-                    path,
+                    path: sysctls.root.join(key),
                     value,
                     source,
                 });
@@ -73,19 +80,18 @@ fn ensure(root: &Path, settings: &[Setting]) -> Result<(), SysctlError> {
 
 /// Turning forwarding on drops default routes that were learnt from router
 /// advertisements, unless a device says that it wants them all the same.
-fn keep_router_advertisements(root: &Path) -> Result<(), SysctlError> {
-    let devices = root.join("net/ipv6/conf");
-    let Ok(entries) = fs::read_dir(&devices) else {
+fn keep_router_advertisements(sysctls: &Sysctls) -> Result<(), SysctlError> {
+    let Ok(entries) = fs::read_dir(sysctls.root.join("net/ipv6/conf")) else {
         // No IPv6 here.
         return Ok(());
     };
-    for path in entries
-        .flatten()
-        .map(|entry| entry.path().join("accept_ra"))
-    {
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let key = format!("net/ipv6/conf/{}/accept_ra", name.to_string_lossy());
+        let path = sysctls.root.join(&key);
         if fs::read_to_string(&path).is_ok_and(|text| text.trim() == "1") {
             let value = "2";
-            write_if_different(&path, value).map_err(|source| SysctlError {
+            sysctls.write(&key, value).map_err(|source| SysctlError {
                 path,
                 value,
                 source,
@@ -95,18 +101,10 @@ fn keep_router_advertisements(root: &Path) -> Result<(), SysctlError> {
     Ok(())
 }
 
-fn write_if_different(path: &Path, value: &str) -> io::Result<()> {
-    let before = fs::read_to_string(path)?;
-    if before.trim() == value {
-        return Ok(());
-    }
-    fs::write(path, value)?;
-    info!(sysctl = %path.display(), before = before.trim(), value, "set");
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn put(root: &Path, key: &str, value: &str) {
@@ -129,17 +127,21 @@ mod tests {
         put(root, "net/ipv4/vs/conntrack", "1\n");
         put(root, "net/ipv6/conf/eth0/accept_ra", "1\n");
         put(root, "net/ipv6/conf/eth1/accept_ra", "0\n");
-        ensure_forwarding(root).unwrap();
-        ensure_services(root).unwrap();
+        let sysctls = Sysctls {
+            root: root.to_owned(),
+            record: None,
+        };
+        ensure_forwarding(&sysctls).unwrap();
+        ensure_services(&sysctls).unwrap();
         assert_eq!(get(root, "net/ipv4/ip_forward"), "1");
         assert_eq!(get(root, "net/ipv4/vs/expire_nodest_conn"), "1");
         assert_eq!(get(root, "net/ipv4/vs/conntrack"), "1\n", "not touched");
         assert_eq!(get(root, "net/ipv6/conf/eth0/accept_ra"), "2");
         assert_eq!(get(root, "net/ipv6/conf/eth1/accept_ra"), "0\n");
         fs::remove_dir_all(root.join("net/ipv6")).unwrap();
-        ensure_forwarding(root).unwrap();
+        ensure_forwarding(&sysctls).unwrap();
         fs::remove_file(root.join("net/ipv4/vs/conntrack")).unwrap();
-        let error = ensure_services(root).unwrap_err().to_string();
+        let error = ensure_services(&sysctls).unwrap_err().to_string();
         assert!(
             error.contains("vs/conntrack") && error.contains("by hand"),
             "{error}"

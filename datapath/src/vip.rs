@@ -22,7 +22,7 @@ use crate::modules;
 use crate::routes::forgive;
 
 /// `INFINITY_LIFE_TIME` of `net/addrconf.h`.
-const FOREVER: u32 = u32::MAX;
+pub(crate) const FOREVER: u32 = u32::MAX;
 
 /// Why the device cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +45,17 @@ pub enum DeviceError {
     NoDummy {
         /// What the kernel said.
         source: Error,
+    },
+    /// The kernel does not note who made an address.
+    #[error(
+        "Linux {release} cannot tell whose an address of {device} is, so VIPs cannot be bound there; \
+         use Linux 5.18 or newer, or another vipBinding: address or route"
+    )]
+    NoOwner {
+        /// The device that VIPs should be bound on.
+        device: IfName,
+        /// The kernel.
+        release: String,
     },
     /// Somebody's device has the name.
     #[error(
@@ -267,7 +278,7 @@ impl VipDevice {
     ///
     /// # Errors
     /// [`Error`].
-    pub async fn remove(self) -> Result<(), Error> {
+    pub async fn remove(&self) -> Result<(), Error> {
         let mut link = LinkMessage::default();
         link.header.index = self.index;
         let order = route::encode(RouteNetlinkMessage::DelLink(link));

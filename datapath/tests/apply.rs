@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use ferrule_datapath::{ChangeError, Kernel, apply};
 use ferrule_model::address::{BackendAddr, FrontendAddr, Protocol};
+use ferrule_model::binding::Binding;
 use ferrule_model::change::Change;
 use ferrule_model::cluster::{ClusterState, Event};
 use ferrule_model::desired::Desired;
@@ -16,6 +17,7 @@ use ferrule_model::kube::{
 };
 use ferrule_model::network::NodeFacts;
 use ferrule_model::observed::Observed;
+use ferrule_model::ownership::owns_virtual_service;
 use ferrule_model::service::VirtualService;
 use ferrule_netlink::Error;
 use proptest::prelude::*;
@@ -85,8 +87,8 @@ impl FakeKernel {
 
     fn carry_out(&mut self, change: &Change) -> Result<(), ChangeError> {
         let service = change
-            .frontend()
-            .map(|f| self.state.services.contains_key(&f));
+            .service()
+            .map(|key| self.state.services.contains_key(&key));
         match change {
             Change::AddServer(..) | Change::UpdateServer(..) | Change::UpdateService(..)
                 if service == Some(false) =>
@@ -95,14 +97,17 @@ impl FakeKernel {
             }
             _ => self.state.record(change),
         }
-        let open = self.state.bound.difference(&self.state.guarded).next();
+        let open = self
+            .state
+            .bound_vips()
+            .find(|ip| !self.state.guarded.contains(ip));
         if let Some(ip) = open {
             self.openings
                 .push(format!("after {change}: {ip} is bound without a guard"));
         }
-        let lost = self.state.services.keys().find(|addr| {
-            !self.state.guarded.contains(&addr.ip) && !self.state.external.contains(addr)
-        });
+        let proofs = self.state.proofs(&[]);
+        let mut services = self.state.services.keys();
+        let lost = services.find(|key| !owns_virtual_service(key, &proofs));
         if let Some(addr) = lost {
             self.openings
                 .push(format!("after {change}: {addr} is nobody's"));
@@ -214,12 +219,14 @@ fn leftover() -> impl Strategy<Value = Observed> {
             if allowed && backends > 1 {
                 let addr = FrontendAddr::new(node(), 30_000 + port, Protocol::Tcp);
                 state.external.insert(addr);
-                state.services.insert(addr, VirtualService::default());
+                state
+                    .services
+                    .insert(addr.into(), VirtualService::default());
                 state.hairpins.insert(IpAddr::from([10, 1, 0, backends]));
             }
             let addr = FrontendAddr::new(vip(number), port, Protocol::Tcp);
             state.guarded.insert(addr.ip);
-            state.bound.insert(addr.ip);
+            state.bind(addr.ip, Binding::Address);
             if allowed {
                 state.allowed.insert(addr);
             }
@@ -230,7 +237,7 @@ fn leftover() -> impl Strategy<Value = Observed> {
                 servers,
                 ..VirtualService::default()
             };
-            state.services.insert(addr, service);
+            state.services.insert(addr.into(), service);
         }
         state
     })
@@ -293,7 +300,7 @@ proptest! {
             async fn execute(&mut self, changes: &[Change]) -> Vec<Result<(), ChangeError>> {
                 let mut results = Vec::new();
                 for change in changes {
-                    results.push(if change.ip() == self.1 {
+                    results.push(if change.ip() == Some(self.1) {
                         Err(refusal(Errno::BUSY))
                     } else {
                         self.0.execute_one(change)
@@ -310,7 +317,7 @@ proptest! {
         let changes = diff_all(&desired, &Observed::default());
         let applied = runtime.block_on(apply(&mut kernel, &changes));
         for change in &changes {
-            let expected = change.ip() != vip(broken);
+            let expected = change.ip() != Some(vip(broken));
             prop_assert_eq!(applied.done.contains(change), expected, "{}", change);
         }
         // Nothing is tried once the guard has failed.

@@ -1,4 +1,4 @@
-//! The guard's table in the real kernel, each test in a network namespace of its own.
+//! Elements of the guard's sets in the real kernel, each test in a network namespace of its own.
 //!
 //! What the rules do to packets is told by the kernel suite (`tests/`), for that needs IPVS.
 
@@ -8,36 +8,23 @@
     reason = "a test fails by panicking; only the bodies of #[test] functions are exempt by configuration"
 )]
 
+#[path = "support/nft.rs"]
+mod program;
 mod support;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};
-use std::path::Path;
-use std::process::Command;
 
-use ferrule_datapath::filter::{
-    Element, Elements, RulesetError, Strange, TableState, counters, generation, load, load_anew,
-    remove, table,
-};
+use ferrule_datapath::filter::{Element, Elements, Strange, Swap, load, load_anew, remove};
 use ferrule_model::address::{FrontendAddr, Protocol};
-use ferrule_model::network::{Networks, Policy};
-use ferrule_model::source_nat::{OwnAddress, SourceNat};
-use ferrule_netlink::{Protocol as Netlink, Socket};
+use ferrule_model::change::Restriction;
+use ferrule_model::ownership::MARK_BASE;
+use ferrule_model::source_nat::SourceNat;
+use ipnetwork::IpNetwork;
 use serde_json::Value;
 
+use self::program::{TABLE, nft, program, state};
 use self::support::in_namespace;
-
-const TABLE: &str = "guard-test";
-
-fn program() -> &'static Path {
-    Path::new("nft")
-}
-
-fn nft(arguments: &[&str]) -> String {
-    let output = Command::new("nft").args(arguments).output().unwrap();
-    assert!(output.status.success(), "{arguments:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// Keys of a set, as the program reads them.
 fn keys(set: &str) -> BTreeSet<String> {
@@ -123,27 +110,137 @@ fn a_second_load_keeps_elements_and_puts_rules_right() {
     });
 }
 
-/// Who does not know yet whose source to replace leaves the rules as they are, and
-/// puts the guard right all the same.
+fn balancer(ip: &str) -> FrontendAddr {
+    FrontendAddr::new(ip.parse().unwrap(), 443, Protocol::Tcp)
+}
+
+fn network(text: &str) -> IpNetwork {
+    text.parse().unwrap()
+}
+
+fn restriction(dismiss: &[&str], admit: &[&str], limit: Option<bool>) -> Restriction {
+    let networks = |texts: &[&str]| texts.iter().map(|text| network(text)).collect();
+    Restriction {
+        admit: networks(admit),
+        dismiss: networks(dismiss),
+        limit,
+    }
+}
+
+/// The other table of ours: without it, or with another rule, something is missing.
 #[test]
-fn rules_of_source_nat_can_be_kept() {
+fn who_asks_for_a_vip_by_arp_is_not_answered() {
     in_namespace(|| async {
-        let own = [OwnAddress {
-            ip: "192.0.2.1".parse().unwrap(),
-            link: "192.0.2.0/24".parse().unwrap(),
-            device: "eth0".to_owned(),
-        }];
-        let nat = SourceNat::new(&Policy::default(), Networks::default(), &own, None);
+        let nat = SourceNat::default();
         load(program(), TABLE, Some(&nat), &[]).await.unwrap();
+        let elements = Elements::open(TABLE).unwrap();
+        let silent = Element::Silent("10.96.0.10".parse().unwrap());
+        assert!(elements.add(&[silent]).await[0].is_ok());
         let good = state().await.unwrap();
-        nft(&[&format!("flush chain inet {TABLE} guard-remote")]);
-        assert_ne!(state().await.unwrap(), good);
-        load(program(), TABLE, None, &[]).await.unwrap();
-        assert_eq!(state().await.unwrap(), good);
+        let rules = nft(&["list", "table", "arp", TABLE]);
+        assert!(rules.contains("arp daddr ip @silent4 drop"), "{rules}");
+        assert!(rules.contains("elements = { 10.96.0.10 }"), "{rules}");
+        for damage in [
+            "delete table arp guard-test",
+            "flush chain arp guard-test silence",
+            "insert rule arp guard-test silence accept",
+        ] {
+            nft(&[damage]);
+            assert_ne!(state().await.unwrap(), good, "{damage}");
+            load(program(), TABLE, Some(&nat), &[]).await.unwrap();
+            assert_eq!(state().await.unwrap(), good, "{damage}");
+        }
+        // What went with the table is seen to be gone.
+        assert_eq!(elements.list().await.unwrap(), []);
+        remove(program(), TABLE).await.unwrap();
+        assert_eq!(nft(&["list", "ruleset"]), "");
+    });
+}
+
+/// Networks in the place of others that they lie within, or that lie within them: the
+/// kernel refuses both at once.
+#[test]
+fn who_is_admitted_changes_in_one_step() {
+    in_namespace(|| async {
         load(program(), TABLE, Some(&SourceNat::default()), &[])
             .await
             .unwrap();
-        assert_ne!(state().await.unwrap(), good);
+        let elements = Elements::open(TABLE).unwrap();
+        let (v4, v6) = (balancer("203.0.113.7"), balancer("2001:db8::7"));
+        for (how4, how6, expected) in [
+            (
+                restriction(&[], &["10.0.0.0/8", "192.0.2.1/32"], Some(true)),
+                restriction(&[], &["2001:db8:1::/48"], Some(true)),
+                vec!["10.0.0.0/8", "192.0.2.1/32", "2001:db8:1::/48"],
+            ),
+            (
+                restriction(&["10.0.0.0/8"], &["10.1.0.0/16", "10.2.0.0/16"], None),
+                restriction(&["2001:db8:1::/48"], &["2001:db8::/32"], None),
+                vec![
+                    "10.1.0.0/16",
+                    "10.2.0.0/16",
+                    "192.0.2.1/32",
+                    "2001:db8::/32",
+                ],
+            ),
+            (
+                restriction(&["10.1.0.0/16", "10.2.0.0/16"], &["10.0.0.0/8"], None),
+                restriction(&["2001:db8::/32"], &[], Some(false)),
+                vec!["10.0.0.0/8", "192.0.2.1/32"],
+            ),
+        ] {
+            let swaps = [Swap::of(v4, &how4), Swap::of(v6, &how6)];
+            let results = elements.swap(&swaps).await;
+            assert!(results.iter().all(Result::is_ok), "{results:?}");
+            let listed = elements.list().await.unwrap().into_iter();
+            let mut admitted = Vec::new();
+            for element in listed {
+                if let Element::Admitted(_, network) = element {
+                    admitted.push(network.to_string());
+                }
+            }
+            admitted.sort();
+            assert_eq!(admitted, expected);
+        }
+        // What is not as it is believed to be is an error, and nothing is done.
+        let before = elements.list().await.unwrap();
+        let wrong = restriction(&["172.16.0.0/12"], &["198.51.100.0/24"], None);
+        let result = elements.swap(&[Swap::of(v4, &wrong)]).await;
+        assert!(result[0].as_ref().unwrap_err().is_not_found(), "{result:?}");
+        let overlapping = restriction(&[], &["10.7.0.0/16"], None);
+        assert!(elements.swap(&[Swap::of(v4, &overlapping)]).await[0].is_err());
+        assert_eq!(elements.list().await.unwrap(), before);
+    });
+}
+
+#[test]
+fn a_mark_takes_the_place_of_another() {
+    in_namespace(|| async {
+        load(program(), TABLE, Some(&SourceNat::default()), &[])
+            .await
+            .unwrap();
+        let elements = Elements::open(TABLE).unwrap();
+        for addr in [balancer("203.0.113.7"), balancer("2001:db8::7")] {
+            let (first, second) = (MARK_BASE | 0x0012_3456, MARK_BASE | 7);
+            for (from, to) in [
+                (None, Some(first)),
+                (Some(first), Some(second)),
+                (Some(second), None),
+            ] {
+                let results = elements.swap(&[Swap::mark(addr, from, to)]).await;
+                assert!(results[0].is_ok(), "{results:?}");
+                let expected = to.map(|mark| Element::Marked(addr, mark));
+                let listed = elements.list().await.unwrap();
+                assert_eq!(listed, Vec::from_iter(expected));
+            }
+        }
+        // As the program reads it.
+        let addr = balancer("203.0.113.7");
+        elements
+            .swap(&[Swap::mark(addr, None, Some(MARK_BASE | 7))])
+            .await;
+        let map = nft(&["-n", "list", "map", "inet", TABLE, "marks4"]);
+        assert!(map.contains("203.0.113.7 . 6 . 443 : 0xfe000007"), "{map}");
     });
 }
 
@@ -168,6 +265,9 @@ fn strange_elements_are_told_apart_and_removed() {
             ("frontends4", "10.96.0.10 . icmp . 80"),
             ("external6", "fd00::1 . esp . 80"),
             ("hairpins4", "10.244.1.2 . 10.244.1.3"),
+            ("admitted4", "10.0.0.1-10.0.0.7 . 203.0.113.7 . tcp . 443"),
+            ("admitted6", "2001:db8::/32 . 2001:db8::7 . tcp . 1-443"),
+            ("marks4", "203.0.113.7 . tcp . 443 : 0x4000"),
         ] {
             nft(&[&format!("add element inet {TABLE} {set} {{ {element} }}")]);
         }
@@ -176,7 +276,16 @@ fn strange_elements_are_told_apart_and_removed() {
         let sets: Vec<&str> = strange.iter().map(Strange::set).collect();
         assert_eq!(
             sets,
-            ["vips4", "vips6", "frontends4", "external6", "hairpins4"]
+            [
+                "vips4",
+                "vips6",
+                "frontends4",
+                "external6",
+                "admitted4",
+                "admitted6",
+                "marks4",
+                "hairpins4"
+            ]
         );
         elements.remove_strange(&strange).await.unwrap();
         elements.remove_strange(&strange).await.unwrap();
@@ -217,6 +326,11 @@ fn a_table_beyond_repair_is_made_anew() {
                     Protocol::Tcp,
                 )),
                 Element::Hairpin("10.244.1.2".parse().unwrap()),
+                Element::Limited(balancer("203.0.113.7")),
+                Element::Admitted(balancer("203.0.113.7"), network("198.51.100.0/24")),
+                Element::Admitted(balancer("2001:db8::7"), network("2001:db8:1::/48")),
+                Element::Dropped(balancer("2001:db8::7")),
+                Element::Marked(balancer("203.0.113.7"), MARK_BASE | 1),
             ];
             assert!(elements.add(&ours).await.iter().all(Result::is_ok));
             let good = state().await.unwrap();
@@ -231,36 +345,6 @@ fn a_table_beyond_repair_is_made_anew() {
             let listed = elements.list().await.unwrap();
             assert_eq!(BTreeSet::from_iter(listed), BTreeSet::from(ours));
         }
-    });
-}
-
-async fn state() -> Option<TableState> {
-    let socket = Socket::open(Netlink::Netfilter).unwrap();
-    table(&socket, TABLE).await.unwrap()
-}
-
-/// A device may have nearly any name; what the program would misread is left out.
-#[test]
-fn names_of_devices_are_read_as_they_are() {
-    in_namespace(|| async {
-        let own = ["a\"b", "x*", "a\\b", "eth0", "q{;"].map(|device| OwnAddress {
-            ip: "192.0.2.1".parse().unwrap(),
-            link: "192.0.2.0/24".parse().unwrap(),
-            device: device.to_owned(),
-        });
-        let nat = SourceNat::new(&Policy::default(), Networks::default(), &own, None);
-        load(program(), TABLE, Some(&nat), &[]).await.unwrap();
-        let rules = nft(&["list", "chain", "inet", TABLE, "replace-source"]);
-        // The kernel lists a set in its own order.
-        for said in [
-            r#"oifname { "eth0", "q{;" }"#,
-            r#"oifname { "q{;", "eth0" }"#,
-        ] {
-            if rules.contains(said) {
-                return;
-            }
-        }
-        panic!("{rules}");
     });
 }
 
@@ -317,236 +401,5 @@ fn as_many_as_a_large_cluster_has() {
         assert_eq!(results.len(), all.len() - 4000);
         assert!(results.iter().all(Result::is_ok));
         assert_eq!(elements.list().await.unwrap().len(), 4000);
-    });
-}
-
-#[test]
-fn a_name_says_no_more_than_a_name() {
-    in_namespace(|| async {
-        let long = "a".repeat(256);
-        for name in ["", "a b", "a; flush ruleset", "1a", "a\n", "{", &long] {
-            let nat = SourceNat::default();
-            for result in [
-                load(program(), name, Some(&nat), &[]).await,
-                remove(program(), name).await,
-            ] {
-                let error = result.unwrap_err();
-                assert!(matches!(error, RulesetError::Name(_)), "{name:?}: {error}");
-            }
-        }
-        // A word of the language is no name: the program says so.
-        let error = load(program(), "ip6", Some(&SourceNat::default()), &[])
-            .await
-            .unwrap_err();
-        assert!(matches!(error, RulesetError::Refused { .. }), "{error}");
-        let error = load(
-            Path::new("/no/such/program"),
-            TABLE,
-            Some(&SourceNat::default()),
-            &[],
-        )
-        .await
-        .unwrap_err();
-        assert!(error.to_string().contains("install nftables"), "{error}");
-        assert_eq!(nft(&["list", "ruleset"]), "");
-    });
-}
-
-async fn seen(socket: &Socket) -> TableState {
-    table(socket, TABLE).await.unwrap().expect("the table")
-}
-
-#[test]
-fn the_fingerprint_stays_while_nobody_meddles() {
-    in_namespace(|| async {
-        let socket = Socket::open(Netlink::Netfilter).unwrap();
-        assert_eq!(table(&socket, TABLE).await.unwrap(), None);
-        let empty = generation(&socket).await.unwrap();
-        load(program(), TABLE, Some(&SourceNat::default()), &[])
-            .await
-            .unwrap();
-        let loaded = generation(&socket).await.unwrap();
-        assert_ne!(loaded, empty);
-        let good = seen(&socket).await;
-        assert_eq!(
-            good.chains,
-            [
-                "guard-local",
-                "guard-remote",
-                "replace-source",
-                "source-nat",
-                "vip-without-service"
-            ]
-        );
-        assert_eq!(seen(&socket).await, good);
-        assert_eq!(generation(&socket).await.unwrap(), loaded);
-        // Loaded again, more than once: rules get other handles.
-        for _ in 0..3 {
-            load(program(), TABLE, Some(&SourceNat::default()), &[])
-                .await
-                .unwrap();
-            assert_eq!(seen(&socket).await, good);
-        }
-        assert_ne!(generation(&socket).await.unwrap(), loaded);
-        // Elements of the named sets are no part of it.
-        let elements = Elements::open(TABLE).unwrap();
-        let vips = [vip("10.96.0.10"), vip("fd00:96::a")];
-        assert!(elements.add(&vips).await.iter().all(Result::is_ok));
-        assert_eq!(seen(&socket).await, good);
-        // Nor is what others have, be its names the same.
-        nft(&["add table ip guard-test { chain guard-local { accept; }; set x { type mark; }; }"]);
-        nft(&["add table inet other { chain guard-local { accept; }; set x { type mark; }; }"]);
-        assert_eq!(seen(&socket).await, good);
-        // Removed, with the others there, and loaded into the void.
-        remove(program(), TABLE).await.unwrap();
-        assert_eq!(table(&socket, TABLE).await.unwrap(), None);
-        load(program(), TABLE, Some(&SourceNat::default()), &[])
-            .await
-            .unwrap();
-        assert_eq!(seen(&socket).await, good);
-        // The first anonymous set is another's, so that ours gets another name, and keeps it.
-        let sets = || nft(&["--debug=netlink", "list", "table", "inet", TABLE]);
-        assert!(sets().contains("__set0"));
-        remove(program(), TABLE).await.unwrap();
-        nft(&["add table inet guard-test { chain foreign { tcp dport { 1, 2 } accept; }; }"]);
-        load(program(), TABLE, Some(&SourceNat::default()), &[])
-            .await
-            .unwrap();
-        assert_ne!(seen(&socket).await, good);
-        nft(&["flush chain inet guard-test foreign; delete chain inet guard-test foreign"]);
-        assert!(sets().contains("__set1") && !sets().contains("__set0"));
-        assert_eq!(seen(&socket).await, good);
-    });
-}
-
-#[test]
-fn the_fingerprint_tells_every_change() {
-    const CHANGES: [&str; 12] = [
-        "add rule inet guard-test guard-remote accept",
-        "insert rule inet guard-test guard-remote accept",
-        "insert rule inet guard-test guard-remote meta l4proto { tcp, udp } accept",
-        "insert rule inet guard-test guard-remote meta l4proto { tcp, sctp } accept",
-        "insert rule inet guard-test guard-remote meta l4proto vmap { tcp : accept, udp : drop }",
-        "insert rule inet guard-test guard-remote meta l4proto vmap { tcp : drop, udp : accept }",
-        "flush chain inet guard-test guard-local",
-        "add chain inet guard-test foreign",
-        "add set inet guard-test foreign { type mark; }",
-        "add chain inet guard-test guard-local { policy drop; }",
-        "add table inet guard-test { flags dormant; }",
-        "add counter inet guard-test foreign; \
-         add rule inet guard-test guard-local counter name foreign",
-    ];
-    in_namespace(|| async {
-        let socket = Socket::open(Netlink::Netfilter).unwrap();
-        load(program(), TABLE, Some(&SourceNat::default()), &[])
-            .await
-            .unwrap();
-        let good = seen(&socket).await;
-        let mut all = BTreeSet::from([good.fingerprint]);
-        for change in CHANGES {
-            nft(&[change]);
-            let changed = seen(&socket).await;
-            assert!(all.insert(changed.fingerprint), "{change}");
-            let foreign = changed.chains.iter().any(|chain| chain == "foreign");
-            assert_eq!(foreign, change.contains("chain inet guard-test foreign"));
-            remove(program(), TABLE).await.unwrap();
-            load(program(), TABLE, Some(&SourceNat::default()), &[])
-                .await
-                .unwrap();
-            assert_eq!(seen(&socket).await, good, "after {change}");
-        }
-        // The same rules in another order.
-        let rules = ["tcp dport 1 accept", "tcp dport 2 accept"];
-        for order in [[0, 1], [1, 0]] {
-            nft(&["flush", "chain", "inet", TABLE, "guard-local"]);
-            for rule in order {
-                nft(&["add", "rule", "inet", TABLE, "guard-local", rules[rule]]);
-            }
-            assert!(all.insert(seen(&socket).await.fingerprint), "{order:?}");
-        }
-    });
-}
-
-/// Sends datagrams to the loopback device, which is set up for that.
-fn send_datagrams(count: usize) {
-    let up = Command::new("ip")
-        .args(["link", "set", "lo", "up"])
-        .status();
-    assert!(up.unwrap().success());
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    for _ in 0..count {
-        socket.send_to(&[0; 12], "127.0.0.1:9").unwrap();
-    }
-}
-
-#[test]
-fn counters_count_and_leave_the_fingerprint() {
-    in_namespace(|| async {
-        let socket = Socket::open(Netlink::Netfilter).unwrap();
-        assert!(counters(&socket, TABLE).await.unwrap().is_empty());
-        nft(&[concat!(
-            "add table inet guard-test { ",
-            "counter seen { }; counter unused { packets 3 bytes 4 }; quota cap { over 1 mbytes }; ",
-            "chain in { type filter hook input priority 0; ",
-            "udp dport 9 counter name seen; udp dport { 9, 10 } counter; }; }"
-        )]);
-        nft(&["add table inet other { counter seen { packets 8 bytes 9 }; }"]);
-        nft(&["add table ip guard-test { counter third { packets 8 bytes 9 }; }"]);
-        let before = seen(&socket).await;
-        send_datagrams(5);
-        let counted = counters(&socket, TABLE).await.unwrap();
-        let counted: Vec<_> = counted.iter().map(|(n, c)| (n.as_str(), *c)).collect();
-        // 12 bytes with the headers of UDP and IPv4.
-        assert_eq!(counted, [("seen", (5, 5 * 40)), ("unused", (3, 4))]);
-        assert_eq!(seen(&socket).await, before);
-    });
-}
-
-#[test]
-fn source_nat_of_every_kind_loads_and_foreign_chains_go() {
-    in_namespace(|| async {
-        let networks = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect();
-        let mut nat = SourceNat::new(
-            &Policy::default(),
-            Networks {
-                // One within another, as a configured network and a Node's may be.
-                pods: networks(&["10.244.0.0/16", "10.244.1.0/24", "fd00:10:244::/48"]),
-                node_pods: networks(&["10.244.1.0/24", "fd00:10:244:1::/64"]),
-                non_masquerade: networks(&["10.244.0.0/16", "169.254.0.0/16", "fe80::/10"]),
-                services: networks(&["10.96.0.0/12"]),
-            },
-            &[
-                ("192.0.2.1", "192.0.2.0/24"),
-                ("2001:db8::1", "2001:db8::/64"),
-            ]
-            .map(|(ip, link)| OwnAddress {
-                ip: ip.parse().unwrap(),
-                link: link.parse().unwrap(),
-                device: "uplink".to_owned(),
-            }),
-            None,
-        );
-        for all in [false, true] {
-            nat.masquerade_all = all;
-            load(program(), TABLE, Some(&nat), &[]).await.unwrap();
-            let text = nft(&["list", "chain", "inet", TABLE, "source-nat"]);
-            assert_eq!(
-                text.contains("counter name \"masqueradeAll\""),
-                all,
-                "{text}"
-            );
-        }
-        let socket = Socket::open(Netlink::Netfilter).unwrap();
-        let good = table(&socket, TABLE).await.unwrap().unwrap();
-        nft(&["add", "chain", "inet", TABLE, "theirs"]);
-        nft(&["add", "chain", "inet", TABLE, "theirs-too"]);
-        nft(&["add", "rule", "inet", TABLE, "theirs", "jump", "theirs-too"]);
-        nft(&["add", "rule", "inet", TABLE, "source-nat", "accept"]);
-        let bad = table(&socket, TABLE).await.unwrap().unwrap();
-        assert_ne!(bad.fingerprint, good.fingerprint);
-        load(program(), TABLE, Some(&nat), &bad.chains)
-            .await
-            .unwrap();
-        assert_eq!(table(&socket, TABLE).await.unwrap(), Some(good));
     });
 }

@@ -6,26 +6,18 @@
     reason = "a test fails by panicking; only the bodies of #[test] functions are exempt by configuration"
 )]
 
+#[path = "support/ip.rs"]
+mod program;
 mod support;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::process::Command;
 
+use self::program::ip;
 use self::support::in_namespace;
 use ferrule_datapath::Error;
 use ferrule_datapath::news::{News, Watch};
 use ferrule_datapath::routes::{NodeRoute, RouteTable, Routes};
-
-/// Runs the program `ip`.
-fn ip(arguments: &str) -> String {
-    let output = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{arguments}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// A device `eth0` with 192.0.2.1/24 and `2001:db8::1/64`, up, and its other end `peer`.
 fn machine() {

@@ -1,7 +1,7 @@
 //! Addresses of frontends and backends, and the one way to parse an address.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +54,7 @@ impl fmt::Display for Family {
 pub enum Protocol {
     /// The Kubernetes API's default.
     #[default]
+    #[serde(alias = "")]
     Tcp,
     /// User Datagram Protocol.
     Udp,
@@ -132,6 +133,12 @@ pub struct BackendAddr {
 }
 
 impl BackendAddr {
+    /// The first one in order.
+    pub(crate) const LEAST: Self = Self {
+        ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        port: 0,
+    };
+
     /// Puts the two together.
     #[must_use]
     pub fn new(ip: IpAddr, port: u16) -> Self {
@@ -171,14 +178,7 @@ pub enum AddressError {
 /// [`AddressError`] says what is wrong; the text itself is left to the caller,
 /// who knows the object and field.
 pub fn parse_address(text: &str) -> Result<IpAddr, AddressError> {
-    let address = if text.contains(':') {
-        text.parse::<IpAddr>()
-            .map_err(|_| AddressError::NotAnAddress)?
-    } else {
-        IpAddr::V4(parse_ipv4(text).ok_or(AddressError::NotAnAddress)?)
-    };
-    match address {
-        IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some() => Err(AddressError::Mapped),
+    match parse_any(text)? {
         IpAddr::V4(ip)
             if ip.is_unspecified()
                 || ip.is_loopback()
@@ -195,6 +195,19 @@ pub fn parse_address(text: &str) -> Result<IpAddr, AddressError> {
         {
             Err(AddressError::NotUnicast)
         }
+        address => Ok(address),
+    }
+}
+
+/// Likewise, whatever the address is for.
+pub(crate) fn parse_any(text: &str) -> Result<IpAddr, AddressError> {
+    let address = if text.contains(':') {
+        text.parse().map_err(|_| AddressError::NotAnAddress)?
+    } else {
+        IpAddr::V4(parse_ipv4(text).ok_or(AddressError::NotAnAddress)?)
+    };
+    match address {
+        IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some() => Err(AddressError::Mapped),
         address => Ok(address),
     }
 }

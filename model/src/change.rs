@@ -3,8 +3,22 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use ipnetwork::IpNetwork;
+
 use crate::address::{BackendAddr, FrontendAddr};
-use crate::service::{Scheduling, Weight};
+use crate::binding::Binding;
+use crate::service::{Mark, Scheduling, ServiceKey, Weight};
+
+/// A change of who may call a frontend, made as one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Restriction {
+    /// Networks that may call from now on.
+    pub admit: Vec<IpNetwork>,
+    /// Networks that no longer may, or no longer need to be named.
+    pub dismiss: Vec<IpNetwork>,
+    /// Whether from now on only those that are named may call; `None`: as before.
+    pub limit: Option<bool>,
+}
 
 /// One step. Each is idempotent: to add what is there already, or to remove
 /// what is gone, counts as done.
@@ -17,19 +31,34 @@ use crate::service::{Scheduling, Weight};
 /// between.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Change {
+    /// Drop what IPVS does not take of this frontend, where it would be refused. Before the virtual
+    /// service goes, so that nobody is refused in between.
+    AddDropped(FrontendAddr),
+    /// Refuse or drop new connections to a frontend before IPVS sees them: it has only backends
+    /// that leave. Before their weights become 0, with which IPVS would say nothing to clients.
+    AddLeaving(FrontendAddr),
     /// Remove a virtual service; its real servers go with it.
-    RemoveService(FrontendAddr),
+    RemoveService(ServiceKey),
     /// Undo [`Change::AllowFrontend`].
     DisallowFrontend(FrontendAddr),
-    /// Take a VIP off the device.
-    UnbindVip(IpAddr),
+    /// Undo a binding of a VIP that is no VIP any more.
+    UnbindVip(IpAddr, Binding),
+    /// Undo [`Change::SilenceVip`].
+    UnsilenceVip(IpAddr),
     /// Take a VIP out of the guard's set.
     UnguardVip(IpAddr),
     /// Put a VIP into the guard's set: from here on nothing that arrives for it and is not taken
     /// by IPVS reaches a socket of the host.
     GuardVip(IpAddr),
-    /// Put a VIP on the device.
-    BindVip(IpAddr),
+    /// Answer nobody on a link who asks for a VIP by ARP: the node has it for itself.
+    SilenceVip(IpAddr),
+    /// Bind a VIP that is not bound.
+    BindVip(IpAddr, Binding),
+    /// Bind a VIP that is bound otherwise, which it stays for the time being.
+    RebindVip(IpAddr, Binding),
+    /// Undo the former binding of a VIP. Behind the making of the new one: at no moment is a VIP
+    /// not bound.
+    ReleaseVip(IpAddr, Binding),
     /// Let replies of this frontend through the guard, to processes of the node that call it.
     AllowFrontend(FrontendAddr),
     /// Put a frontend that clients beyond the cluster call into the set of these: what IPVS does
@@ -44,46 +73,51 @@ pub enum Change {
     /// Undo [`Change::AddExternal`]. Behind the making of VIPs: a virtual service whose address has
     /// become a VIP is never without a proof that it is ours.
     RemoveExternal(FrontendAddr),
+    /// Put another mark, or none, on packets of clients within the cluster to a frontend: from one
+    /// mark to the other. The entry is also the proof that the virtual service by mark is ours.
+    SetMark(FrontendAddr, Option<Mark>, Option<Mark>),
+    /// Change who may call a frontend: before it has a virtual service, and after it has none.
+    Restrict(FrontendAddr, Restriction),
+    /// Let a program of this node answer at this place of a VIP.
+    AddServed(FrontendAddr),
+    /// Undo [`Change::AddServed`].
+    RemoveServed(FrontendAddr),
     /// Replace the source of connections that go from this address to itself.
     AddHairpin(IpAddr),
     /// Make a virtual service.
-    AddService(FrontendAddr, Scheduling),
+    AddService(ServiceKey, Scheduling),
     /// Change scheduler, flags or persistence of a virtual service in place.
-    UpdateService(FrontendAddr, Scheduling),
+    UpdateService(ServiceKey, Scheduling),
     /// Add a real server.
-    AddServer(FrontendAddr, BackendAddr, Weight),
+    AddServer(ServiceKey, BackendAddr, Weight),
     /// Change the weight of a real server.
-    UpdateServer(FrontendAddr, BackendAddr, Weight),
+    UpdateServer(ServiceKey, BackendAddr, Weight),
     /// Remove a real server.
-    RemoveServer(FrontendAddr, BackendAddr),
+    RemoveServer(ServiceKey, BackendAddr),
     /// Undo [`Change::AddHairpin`].
     RemoveHairpin(IpAddr),
+    /// Undo [`Change::AddDropped`].
+    RemoveDropped(FrontendAddr),
+    /// Undo [`Change::AddLeaving`].
+    RemoveLeaving(FrontendAddr),
 }
 
 impl Change {
-    /// The address that the step is about. A step that failed holds back the later steps with the
-    /// same address, and no others.
+    /// The address that the step is about, where it is about one.
     #[must_use]
-    pub fn ip(&self) -> IpAddr {
+    pub fn ip(&self) -> Option<IpAddr> {
         match self {
-            Self::UnbindVip(ip)
+            Self::UnbindVip(ip, _)
             | Self::UnguardVip(ip)
             | Self::GuardVip(ip)
-            | Self::BindVip(ip)
+            | Self::SilenceVip(ip)
+            | Self::UnsilenceVip(ip)
+            | Self::BindVip(ip, _)
+            | Self::RebindVip(ip, _)
+            | Self::ReleaseVip(ip, _)
             | Self::AddHairpin(ip)
-            | Self::RemoveHairpin(ip) => *ip,
-            Self::RemoveService(frontend)
-            | Self::DisallowFrontend(frontend)
-            | Self::RemoveExternal(frontend)
-            | Self::RemovePreserved(frontend)
-            | Self::AllowFrontend(frontend)
-            | Self::AddExternal(frontend)
-            | Self::AddPreserved(frontend)
-            | Self::AddService(frontend, _)
-            | Self::UpdateService(frontend, _)
-            | Self::AddServer(frontend, _, _)
-            | Self::UpdateServer(frontend, _, _)
-            | Self::RemoveServer(frontend, _) => frontend.ip,
+            | Self::RemoveHairpin(ip) => Some(*ip),
+            _ => self.frontend().map(|frontend| frontend.ip),
         }
     }
 
@@ -91,24 +125,50 @@ impl Change {
     #[must_use]
     pub fn frontend(&self) -> Option<FrontendAddr> {
         match self {
-            Self::UnbindVip(_)
+            Self::UnbindVip(..)
             | Self::UnguardVip(_)
             | Self::GuardVip(_)
-            | Self::BindVip(_)
+            | Self::SilenceVip(_)
+            | Self::UnsilenceVip(_)
+            | Self::BindVip(..)
+            | Self::RebindVip(..)
+            | Self::ReleaseVip(..)
             | Self::AddHairpin(_)
             | Self::RemoveHairpin(_) => None,
-            Self::RemoveService(frontend)
-            | Self::DisallowFrontend(frontend)
+            Self::DisallowFrontend(frontend)
             | Self::RemoveExternal(frontend)
             | Self::RemovePreserved(frontend)
             | Self::AllowFrontend(frontend)
             | Self::AddExternal(frontend)
             | Self::AddPreserved(frontend)
-            | Self::AddService(frontend, _)
-            | Self::UpdateService(frontend, _)
-            | Self::AddServer(frontend, _, _)
-            | Self::UpdateServer(frontend, _, _)
-            | Self::RemoveServer(frontend, _) => Some(*frontend),
+            | Self::AddDropped(frontend)
+            | Self::RemoveDropped(frontend)
+            | Self::AddLeaving(frontend)
+            | Self::RemoveLeaving(frontend)
+            | Self::AddServed(frontend)
+            | Self::RemoveServed(frontend)
+            | Self::SetMark(frontend, ..)
+            | Self::Restrict(frontend, _) => Some(*frontend),
+            Self::RemoveService(_)
+            | Self::AddService(..)
+            | Self::UpdateService(..)
+            | Self::AddServer(..)
+            | Self::UpdateServer(..)
+            | Self::RemoveServer(..) => self.service().and_then(|key| key.address()),
+        }
+    }
+
+    /// The virtual service that the step is about, where it is about one.
+    #[must_use]
+    pub fn service(&self) -> Option<ServiceKey> {
+        match self {
+            Self::RemoveService(service)
+            | Self::AddService(service, _)
+            | Self::UpdateService(service, _)
+            | Self::AddServer(service, ..)
+            | Self::UpdateServer(service, ..)
+            | Self::RemoveServer(service, _) => Some(*service),
+            _ => None,
         }
     }
 }
@@ -116,60 +176,88 @@ impl Change {
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::RemoveService(frontend) => write!(f, "remove virtual service {frontend}"),
-            Self::DisallowFrontend(frontend) => {
-                write!(f, "remove frontend {frontend} from the guard")
+            Self::RemoveService(at) => write!(f, "remove virtual service {at}"),
+            Self::DisallowFrontend(at) => {
+                write!(f, "remove frontend {at} from the guard")
             }
-            Self::RemoveExternal(frontend) => {
-                write!(f, "remove external frontend {frontend} from the filter")
+            Self::RemoveExternal(at) => {
+                write!(f, "remove external frontend {at} from the filter")
             }
-            Self::AddExternal(frontend) => {
-                write!(f, "add external frontend {frontend} to the filter")
+            Self::AddExternal(at) => {
+                write!(f, "add external frontend {at} to the filter")
             }
-            Self::AddPreserved(frontend) => {
+            Self::AddPreserved(at) => {
                 write!(
                     f,
-                    "add {frontend} to the filter's frontends that preserve the client"
+                    "add {at} to the filter's frontends that preserve the client"
                 )
             }
-            Self::RemovePreserved(frontend) => {
+            Self::RemovePreserved(at) => {
                 write!(
                     f,
-                    "remove {frontend} from the filter's frontends that preserve the client"
+                    "remove {at} from the filter's frontends that preserve the client"
+                )
+            }
+            Self::AddServed(at) => write!(f, "let this node answer at {at}"),
+            Self::RemoveServed(at) => {
+                write!(f, "let this node answer at {at} no more")
+            }
+            Self::AddDropped(at) => {
+                write!(f, "add {at} to the filter's frontends that are dropped")
+            }
+            Self::RemoveDropped(at) => {
+                write!(
+                    f,
+                    "remove {at} from the filter's frontends that are dropped"
+                )
+            }
+            Self::AddLeaving(at) => {
+                write!(f, "refuse new connections to {at}, whose backends leave")
+            }
+            Self::RemoveLeaving(at) => {
+                write!(f, "refuse new connections to {at} no more")
+            }
+            Self::SetMark(at, _, Some(mark)) => {
+                write!(f, "mark clients within the cluster of {at} with {mark:#x}")
+            }
+            Self::SetMark(at, _, None) => {
+                write!(f, "mark clients within the cluster of {at} no more")
+            }
+            Self::Restrict(at, how) => {
+                write!(
+                    f,
+                    "admit {} and dismiss {} networks at {at}",
+                    how.admit.len(),
+                    how.dismiss.len()
                 )
             }
             Self::AddHairpin(ip) => write!(f, "add hairpin address {ip} to the filter"),
             Self::RemoveHairpin(ip) => write!(f, "remove hairpin address {ip} from the filter"),
-            Self::UnbindVip(ip) => write!(f, "unbind VIP {ip}"),
+            Self::UnbindVip(ip, from) => write!(f, "unbind VIP {ip} ({from})"),
+            Self::UnsilenceVip(ip) => write!(f, "silence VIP {ip} no more"),
+            Self::SilenceVip(ip) => write!(f, "silence VIP {ip}"),
             Self::UnguardVip(ip) => write!(f, "unguard VIP {ip}"),
             Self::GuardVip(ip) => write!(f, "guard VIP {ip}"),
-            Self::BindVip(ip) => write!(f, "bind VIP {ip}"),
-            Self::AllowFrontend(frontend) => write!(f, "add frontend {frontend} to the guard"),
-            Self::AddService(frontend, scheduling) => {
-                write!(
-                    f,
-                    "add virtual service {frontend} ({})",
-                    scheduling.scheduler
-                )
+            Self::BindVip(ip, to) => write!(f, "bind VIP {ip} ({to})"),
+            Self::RebindVip(ip, to) => write!(f, "bind VIP {ip} another way ({to})"),
+            Self::ReleaseVip(ip, from) => {
+                write!(f, "undo the former binding of VIP {ip} ({from})")
             }
-            Self::UpdateService(frontend, scheduling) => {
-                write!(
-                    f,
-                    "update virtual service {frontend} ({})",
-                    scheduling.scheduler
-                )
+            Self::AllowFrontend(at) => write!(f, "add frontend {at} to the guard"),
+            Self::AddService(at, scheduling) => {
+                write!(f, "add virtual service {at} ({})", scheduling.scheduler)
             }
-            Self::AddServer(frontend, backend, weight) => {
-                write!(f, "add real server {backend} weight {weight} to {frontend}")
+            Self::UpdateService(at, scheduling) => {
+                write!(f, "update virtual service {at} ({})", scheduling.scheduler)
             }
-            Self::UpdateServer(frontend, backend, weight) => {
-                write!(
-                    f,
-                    "set weight {weight} of real server {backend} of {frontend}"
-                )
+            Self::AddServer(at, backend, weight) => {
+                write!(f, "add real server {backend} weight {weight} to {at}")
             }
-            Self::RemoveServer(frontend, backend) => {
-                write!(f, "remove real server {backend} from {frontend}")
+            Self::UpdateServer(at, backend, weight) => {
+                write!(f, "set weight {weight} of real server {backend} of {at}")
+            }
+            Self::RemoveServer(at, backend) => {
+                write!(f, "remove real server {backend} from {at}")
             }
         }
     }

@@ -1,8 +1,12 @@
 //! Facts about the cluster, as the sources told them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 
-use crate::kube::{EndpointSlice, Kind, Node, Object, ObjectKey, Service, ServiceCidr};
+use crate::address::parse_address;
+use crate::kube::{
+    AddressKind, EndpointSlice, Kind, LOST_TAINTS, Node, Object, ObjectKey, Service, ServiceCidr,
+};
 use crate::names::ObjectName;
 
 /// One step of what a source tells.
@@ -22,7 +26,24 @@ pub struct ClusterState {
     /// Slices by the Service that their label names.
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
     nodes: BTreeMap<String, Node>,
+    /// Nodes by each of their addresses.
+    nodes_at: Index<String>,
+    /// Services by each address that they name and no ServiceCIDR gave them: a Node
+    /// may have it.
+    named: Index<ObjectName>,
     service_cidrs: BTreeMap<String, ServiceCidr>,
+}
+
+/// What has each address.
+type Index<K> = BTreeMap<IpAddr, BTreeSet<K>>;
+
+/// What slices say of an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// The node it is on.
+    pub node: Option<String>,
+    /// Whether its pod is being ended.
+    pub terminating: bool,
 }
 
 /// What an event touched.
@@ -49,17 +70,15 @@ impl ClusterState {
         match object {
             Object::Service(service) => {
                 let name = service.metadata.object_name();
-                let known = self.services.get(&name) == Some(&service);
-                self.services.insert(name.clone(), service);
+                let new = named_addresses(&service);
+                let old = self.services.insert(name.clone(), service);
+                let known = old.as_ref() == self.services.get(&name);
+                let old = old.as_ref().map(named_addresses).unwrap_or_default();
+                move_entries(&mut self.named, &name, &old, &new);
                 Touched::service(name, known)
             }
             Object::EndpointSlice(slice) => self.put_slice(slice),
-            Object::Node(node) => {
-                let name = node.metadata.name.clone();
-                let known = self.nodes.get(&name) == Some(&node);
-                self.nodes.insert(name.clone(), node);
-                Touched::node(name, known)
-            }
+            Object::Node(node) => self.put_node(node),
             Object::ServiceCidr(cidr) => {
                 let name = cidr.metadata.name.clone();
                 let known = self.service_cidrs.get(&name) == Some(&cidr);
@@ -72,8 +91,10 @@ impl ClusterState {
     fn remove(&mut self, key: ObjectKey) -> Touched {
         match key.kind {
             Kind::Service => {
-                let unknown = self.services.remove(&key.name).is_none();
-                Touched::service(key.name, unknown)
+                let old = self.services.remove(&key.name);
+                let addresses = old.as_ref().map(named_addresses).unwrap_or_default();
+                move_entries(&mut self.named, &key.name, &addresses, &BTreeSet::new());
+                Touched::service(key.name, old.is_none())
             }
             Kind::EndpointSlice => {
                 let mut touched = Touched::default();
@@ -81,12 +102,36 @@ impl ClusterState {
                 touched
             }
             Kind::Node => {
-                let unknown = self.nodes.remove(&key.name.name).is_none();
-                Touched::node(key.name.name, unknown)
+                let old = self.nodes.remove(&key.name.name);
+                let mut touched = self.move_node(&key.name.name, old.as_ref(), None);
+                touched.merge(Touched::node(key.name.name, old.is_none()));
+                touched
             }
             Kind::ServiceCidr => {
                 Touched::cidrs(self.service_cidrs.remove(&key.name.name).is_none())
             }
+        }
+    }
+
+    fn put_node(&mut self, node: Node) -> Touched {
+        let name = node.metadata.name.clone();
+        let old = self.nodes.get(&name).cloned();
+        let mut touched = self.move_node(&name, old.as_ref(), Some(&node));
+        touched.merge(Touched::node(name.clone(), old.as_ref() == Some(&node)));
+        self.nodes.insert(name, node);
+        touched
+    }
+
+    /// Which Node has an address decides about the Services that name it.
+    fn move_node(&mut self, name: &String, old: Option<&Node>, new: Option<&Node>) -> Touched {
+        let old = old.map(node_addresses).unwrap_or_default();
+        let new = new.map(node_addresses).unwrap_or_default();
+        move_entries(&mut self.nodes_at, name, &old, &new);
+        let services = old.symmetric_difference(&new);
+        let services = services.filter_map(|ip| self.named.get(ip)).flatten();
+        Touched {
+            services: services.cloned().collect(),
+            ..Touched::default()
         }
     }
 
@@ -151,6 +196,42 @@ impl ClusterState {
         self.nodes.iter().map(|(name, node)| (&**name, node))
     }
 
+    /// Whether the Node of that name is gone, or tainted as lost. Where there are no
+    /// Nodes, nothing is known of any.
+    #[must_use]
+    pub fn is_lost(&self, name: &str) -> bool {
+        match self.nodes.get(name) {
+            None => !self.nodes.is_empty(),
+            Some(node) => {
+                let mut taints = node.spec.taints.iter();
+                taints.any(|taint| LOST_TAINTS.contains(&&*taint.key))
+            }
+        }
+    }
+
+    /// What the slices of all Services say of endpoints at these addresses; one that is in
+    /// none is left out. Where several say something, whoever says that it lives counts.
+    #[must_use]
+    pub fn listed(&self, ips: &BTreeSet<IpAddr>) -> BTreeMap<IpAddr, Listing> {
+        listed(self.slices.values(), ips)
+    }
+
+    /// The same of the slices of one Service.
+    pub(crate) fn listed_of(
+        &self,
+        service: &ObjectName,
+        ips: &BTreeSet<IpAddr>,
+    ) -> BTreeMap<IpAddr, Listing> {
+        listed(self.slices_of(service), ips)
+    }
+
+    /// The first Node but `node` that has this address.
+    #[must_use]
+    pub fn other_node_at(&self, ip: IpAddr, node: &str) -> Option<&str> {
+        let mut names = self.nodes_at.get(&ip)?.iter();
+        names.find(|name| *name != node).map(String::as_str)
+    }
+
     /// Every ServiceCIDR, by name.
     pub fn service_cidrs(&self) -> impl Iterator<Item = (&str, &ServiceCidr)> {
         self.service_cidrs
@@ -168,6 +249,71 @@ impl ClusterState {
     #[must_use]
     pub fn service_count(&self) -> usize {
         self.services.len()
+    }
+}
+
+fn listed<'a>(
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    ips: &BTreeSet<IpAddr>,
+) -> BTreeMap<IpAddr, Listing> {
+    let mut listed: BTreeMap<IpAddr, Listing> = BTreeMap::new();
+    // Nearly all addresses are written as we would write them.
+    let texts: HashMap<String, IpAddr> = ips.iter().map(|ip| (ip.to_string(), *ip)).collect();
+    for endpoint in slices.flat_map(|slice| &slice.endpoints) {
+        let Some(text) = endpoint.addresses.first() else {
+            continue;
+        };
+        let ip = texts.get(text.as_str()).copied().or_else(|| {
+            let ip = text.contains(':').then(|| parse_address(text).ok())?;
+            ip.filter(|ip| ips.contains(ip))
+        });
+        let Some(ip) = ip else {
+            continue;
+        };
+        let terminating = endpoint.conditions.terminating.unwrap_or(false);
+        let listing = listed.entry(ip).or_insert_with(|| Listing {
+            node: None,
+            terminating,
+        });
+        listing.terminating &= terminating;
+        if listing.node.is_none() {
+            listing.node.clone_from(&endpoint.node_name);
+        }
+    }
+    listed
+}
+
+/// The addresses that a Service names itself: `spec.externalIPs` and those of its
+/// load balancer.
+fn named_addresses(service: &Service) -> BTreeSet<IpAddr> {
+    let entries = &service.status.load_balancer.ingress;
+    let texts = entries.iter().map(|entry| &entry.ip);
+    let texts = texts.chain(&service.spec.external_ips);
+    texts.filter_map(|text| parse_address(text).ok()).collect()
+}
+
+fn node_addresses(node: &Node) -> BTreeSet<IpAddr> {
+    let kinds = [AddressKind::InternalIP, AddressKind::ExternalIP];
+    let texts = kinds.into_iter().flat_map(|kind| node.addresses_of(kind));
+    texts.filter_map(|text| parse_address(text).ok()).collect()
+}
+
+fn move_entries<K: Clone + Ord>(
+    index: &mut Index<K>,
+    key: &K,
+    old: &BTreeSet<IpAddr>,
+    new: &BTreeSet<IpAddr>,
+) {
+    for ip in old.difference(new) {
+        if let Some(keys) = index.get_mut(ip) {
+            keys.remove(key);
+            if keys.is_empty() {
+                index.remove(ip);
+            }
+        }
+    }
+    for ip in new.difference(old) {
+        index.entry(*ip).or_default().insert(key.clone());
     }
 }
 

@@ -32,11 +32,23 @@ pub enum Reason {
     RouteConflict,
     /// A Node shares no link with this one, so that we make no route to its pods.
     NoSharedLink,
+    /// The operator does not allow the address for external IPs.
+    AddressNotAllowed,
+    /// A node has the address. It stays that node's, which serves the Service there.
+    AddressOfNode,
+    /// The Service has no ClusterIP of the address's family.
+    FamilyMismatch,
+    /// An annotation says nothing that we know.
+    InvalidAnnotation,
+    /// A field holds a value out of its range.
+    InvalidValue,
+    /// The kernel of this node lacks the scheduler.
+    SchedulerMissing,
 }
 
 impl Reason {
     /// Every reason, in the order of the documentation (docs/plan.md).
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 18] = [
         Self::AddressConflict,
         Self::InvalidAddress,
         Self::InvalidPort,
@@ -49,6 +61,12 @@ impl Reason {
         Self::InvalidRange,
         Self::RouteConflict,
         Self::NoSharedLink,
+        Self::AddressNotAllowed,
+        Self::AddressOfNode,
+        Self::FamilyMismatch,
+        Self::InvalidAnnotation,
+        Self::InvalidValue,
+        Self::SchedulerMissing,
     ];
 
     /// The text that stands for it in every output.
@@ -67,6 +85,12 @@ impl Reason {
             Self::InvalidRange => "InvalidRange",
             Self::RouteConflict => "RouteConflict",
             Self::NoSharedLink => "NoSharedLink",
+            Self::AddressNotAllowed => "AddressNotAllowed",
+            Self::AddressOfNode => "AddressOfNode",
+            Self::FamilyMismatch => "FamilyMismatch",
+            Self::InvalidAnnotation => "InvalidAnnotation",
+            Self::InvalidValue => "InvalidValue",
+            Self::SchedulerMissing => "SchedulerMissing",
         }
     }
 }
@@ -115,6 +139,12 @@ mod tests {
                 Reason::InvalidRange => 9,
                 Reason::RouteConflict => 10,
                 Reason::NoSharedLink => 11,
+                Reason::AddressNotAllowed => 12,
+                Reason::AddressOfNode => 13,
+                Reason::FamilyMismatch => 14,
+                Reason::InvalidAnnotation => 15,
+                Reason::InvalidValue => 16,
+                Reason::SchedulerMissing => 17,
             };
             assert_eq!(place, index, "{reason}");
             assert_eq!(format!("{reason:?}"), reason.name());

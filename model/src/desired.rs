@@ -7,40 +7,27 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::Bound;
+use std::time::{Duration, Instant};
 
-use crate::address::{BackendAddr, Family, FrontendAddr, Protocol, parse_address};
+use ipnetwork::IpNetwork;
+
+use crate::address::{Family, FrontendAddr, Protocol};
+use crate::binding::{Binding, VipBinding};
 use crate::change::Change;
 use crate::cluster::ClusterState;
 use crate::condition::{Condition, Reason};
-use crate::endpoints::{self, Backend};
-pub use crate::frontend::{Action, Frontend, FrontendKind};
+use crate::drain::{Drains, End, Server};
+use crate::endpoints::BackendState;
+pub use crate::frontend::{Action, Frontend, FrontendKind, Internal};
 use crate::host_ports::HostPorts;
-use crate::kube::{
-    Kind, ObjectKey, PROXY_NAME_LABEL, Service, ServicePort, ServiceSpec, ServiceType,
-};
+use crate::kube::{Kind, ObjectKey};
+use crate::marks::{MarkHolder, Marks};
 use crate::names::ObjectName;
-use crate::network::NodeFacts;
-use crate::service::Scheduling;
-use crate::time::Timestamp;
-use crate::unsupported::{note_hints, note_unsupported, unsupported};
-
-/// What one Service asks for, before conflicts with others are settled.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct ServicePlan {
-    frontends: BTreeMap<FrontendAddr, Frontend>,
-    conditions: Vec<Condition>,
-    created: Created,
-    /// Backends that run on this node, and so may call themselves.
-    hairpins: BTreeSet<IpAddr>,
-}
-
-/// Age of a Service; one without a time stamp counts as younger than any with one.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-enum Created {
-    At(Timestamp),
-    #[default]
-    Unknown,
-}
+use crate::network::{self, NodeFacts};
+use crate::observed::Observed;
+pub use crate::planner::HealthCheck;
+use crate::planner::{Created, Planner, ServicePlan};
+use crate::service::{Mark, ServiceKey, VirtualService};
 
 /// A Service's claim to a frontend; the least one wins.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,6 +45,11 @@ pub struct Scope {
     pub vips: BTreeSet<IpAddr>,
     /// Addresses of backends on this node.
     pub hairpins: BTreeSet<IpAddr>,
+    /// Virtual services by mark.
+    pub marked: BTreeSet<ServiceKey>,
+    /// Backends that were used while their pods were being ended, and of which nobody
+    /// will hear again: they need no drain.
+    pub ended: BTreeSet<Server>,
 }
 
 impl Scope {
@@ -66,17 +58,29 @@ impl Scope {
         self.frontends.extend(other.frontends);
         self.vips.extend(other.vips);
         self.hairpins.extend(other.hairpins);
+        self.marked.extend(other.marked);
+        self.ended.extend(other.ended);
     }
 
     /// Adds what a change is about.
     pub fn insert_change(&mut self, change: &Change) {
-        match (change, change.frontend()) {
-            (Change::AddHairpin(ip) | Change::RemoveHairpin(ip), _) => {
-                self.hairpins.insert(*ip);
-            }
-            (_, Some(frontend)) => self.insert(frontend),
-            (_, None) => {
-                self.vips.insert(change.ip());
+        if let Some(key) = change.service() {
+            self.insert_service(key);
+        } else if let Change::AddHairpin(ip) | Change::RemoveHairpin(ip) = change {
+            self.hairpins.insert(*ip);
+        } else if let Some(frontend) = change.frontend() {
+            self.insert(frontend);
+        } else {
+            self.vips.extend(change.ip());
+        }
+    }
+
+    /// Adds what a virtual service is about.
+    pub fn insert_service(&mut self, key: ServiceKey) {
+        match key {
+            ServiceKey::Address(frontend) => self.insert(frontend),
+            ServiceKey::Mark { .. } => {
+                self.marked.insert(key);
             }
         }
     }
@@ -84,7 +88,7 @@ impl Scope {
     /// How many addresses it names.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.frontends.len() + self.vips.len() + self.hairpins.len()
+        self.frontends.len() + self.vips.len() + self.hairpins.len() + self.marked.len()
     }
 
     /// Adds a frontend and its VIP.
@@ -96,7 +100,7 @@ impl Scope {
     /// Whether there is nothing in it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.frontends.is_empty() && self.vips.is_empty() && self.hairpins.is_empty()
+        self.len() == 0
     }
 }
 
@@ -112,6 +116,11 @@ pub struct Desired {
     /// How many Services, and pods with host ports, have each backend of this node.
     hairpins: BTreeMap<IpAddr, usize>,
     pub(crate) host_ports: HostPorts,
+    marks: Marks,
+    /// How many Services have a program of this node answer at each place of a VIP.
+    served: BTreeMap<FrontendAddr, usize>,
+    health_checks: BTreeMap<ObjectName, HealthCheck>,
+    pub(crate) drains: Drains,
 }
 
 impl Desired {
@@ -136,12 +145,81 @@ impl Desired {
         if self.facts == facts {
             return scope;
         }
+        let binding = |facts: &NodeFacts| (facts.vip_binding.clone(), facts.sources.clone());
+        if binding(&self.facts) != binding(&facts) {
+            scope.vips.extend(self.vips());
+        }
         self.facts = facts;
         for (name, _) in cluster.services() {
             scope.merge(self.update(cluster, name));
         }
         scope.merge(self.move_host_ports());
         scope
+    }
+
+    /// The backends that leave.
+    #[must_use]
+    pub fn drains(&self) -> &Drains {
+        &self.drains
+    }
+
+    /// Lets the real servers of TCP in `scope` that the kernel has and nobody wants keep
+    /// their connections from now on, and forgets those that are gone or wanted again.
+    pub fn drain(&mut self, observed: &Observed, scope: &Scope, now: Instant) {
+        let frontends = scope
+            .frontends
+            .iter()
+            .map(|addr| ServiceKey::Address(*addr));
+        for key in frontends.chain(scope.marked.iter().copied()) {
+            let wanted = self.virtual_service(&key);
+            // By a mark that nobody has any more nothing is told apart.
+            let drains = match key {
+                ServiceKey::Address(addr) => addr.protocol == Protocol::Tcp,
+                ServiceKey::Mark { mark, .. } => {
+                    let holder = self.marks.holder(mark);
+                    let tcp = holder.is_some_and(|holder| holder.protocol == Protocol::Tcp);
+                    tcp && wanted.is_some()
+                }
+            };
+            let present = observed.services.get(&key).filter(|_| drains);
+            let servers = present.iter().flat_map(|present| present.servers.keys());
+            let unwanted = servers.copied().filter(|server| {
+                let wanted = wanted.as_ref();
+                wanted.is_none_or(|wanted| !wanted.servers.contains_key(server))
+            });
+            self.drains.set(key, &unwanted.collect(), now);
+        }
+        for server in &scope.ended {
+            self.drains.end(server);
+        }
+        self.drains.forget_gone(observed);
+    }
+
+    /// Takes in what the cluster says of the backends that leave, and ends the drains of
+    /// which nothing is left to wait for. Returns these; what may have changed by that is
+    /// about their virtual services.
+    pub fn look_at_drains(
+        &mut self,
+        cluster: &ClusterState,
+        bound: Duration,
+        now: Instant,
+        is_gone: impl Fn(IpAddr) -> bool,
+    ) -> Vec<(Server, End)> {
+        self.drains.look(cluster, bound, now, is_gone)
+    }
+
+    /// Ends a drain: the backend has no connections any more.
+    pub fn end_drain(&mut self, server: &Server) {
+        self.drains.end(server);
+    }
+
+    /// The virtual service that should be there.
+    #[must_use]
+    pub fn virtual_service(&self, key: &ServiceKey) -> Option<VirtualService> {
+        match key {
+            ServiceKey::Address(addr) => self.frontend(addr)?.virtual_service(),
+            ServiceKey::Mark { .. } => self.marked_service(key),
+        }
     }
 
     /// Computes one Service anew and returns what may have changed by it.
@@ -159,39 +237,164 @@ impl Desired {
             })
             .unwrap_or_default();
         let old = self.plans.remove(name).unwrap_or_default();
-        let mut scope = Scope::default();
+        let mut scope = Scope {
+            ended: ended(cluster, name, &old, &plan),
+            ..Scope::default()
+        };
         for (addr, frontend) in &old.frontends {
             let stays = plan
                 .frontends
                 .get(addr)
-                .is_some_and(|new| new.kind == frontend.kind);
+                .is_some_and(|new| (new.kind, new.is_vip) == (frontend.kind, frontend.is_vip));
             if stays && plan.created == old.created {
                 continue;
             }
-            self.withdraw(*addr, frontend.kind, &Claim::new(&old, name));
+            self.withdraw(*addr, frontend.is_vip, &Claim::new(&old, name));
             scope.insert(*addr);
         }
         for (addr, frontend) in &plan.frontends {
-            self.claim(*addr, frontend.kind, Claim::new(&plan, name));
+            self.claim(*addr, frontend.is_vip, Claim::new(&plan, name));
             if old.frontends.get(addr) != Some(frontend) {
                 scope.insert(*addr);
             }
         }
         self.count_hairpins(&old.hairpins, &plan.hairpins, &mut scope);
+        self.count_served(&old.served, &plan.served, &mut scope);
+        match plan.health_check {
+            Some(check) => self.health_checks.insert(name.clone(), check),
+            None => self.health_checks.remove(name),
+        };
+        let moved = self.give_marks(&old, &plan, &mut scope);
         if plan != ServicePlan::default() {
             self.plans.insert(name.clone(), plan);
         }
+        for holder in moved.keys() {
+            self.note_mark(holder, &mut scope);
+        }
+        self.note_claimed_marks(&mut scope);
         scope
     }
 
-    fn claim(&mut self, addr: FrontendAddr, kind: FrontendKind, claim: Claim) {
+    /// A virtual service by mark stands as long as a frontend leads to it: who wins or
+    /// loses one may win or lose the other.
+    pub(crate) fn note_claimed_marks(&self, scope: &mut Scope) {
+        for addr in &scope.frontends {
+            let claims = self.claims.get(addr).into_iter().flatten();
+            for claim in claims {
+                let plan = self.plans.get(&claim.service);
+                let frontend = plan.and_then(|plan| plan.frontends.get(addr));
+                let internal = frontend.and_then(|frontend| frontend.internal.as_ref());
+                let mark = internal.and_then(|internal| self.marks.of(&internal.holder));
+                scope.marked.extend(mark.into_iter().flat_map(keys_of));
+            }
+        }
+    }
+
+    /// Gives marks to the service ports that need one now, and takes them from those
+    /// that need none any more. Returns which others have another mark now.
+    fn give_marks(
+        &mut self,
+        old: &ServicePlan,
+        new: &ServicePlan,
+        scope: &mut Scope,
+    ) -> BTreeMap<MarkHolder, Mark> {
+        let (before, after) = (old.internals(), new.internals());
+        let mut moved = BTreeMap::new();
+        let mut about = BTreeSet::new();
+        for (holder, internals) in &before {
+            if after.get(holder) == Some(internals) {
+                continue;
+            }
+            about.extend(self.marks.of(holder));
+            if !after.contains_key(holder) {
+                moved.extend(self.marks.remove(holder));
+            }
+        }
+        // It may have been the last one that led there: a pod may hold the others.
+        let gone = old
+            .frontends
+            .iter()
+            .filter(|(addr, _)| !new.frontends.contains_key(addr));
+        let led = gone.filter_map(|(_, frontend)| frontend.internal.as_ref());
+        about.extend(led.filter_map(|internal| self.marks.of(&internal.holder)));
+        for (holder, internals) in &after {
+            if before.get(holder) != Some(internals) {
+                moved.extend(self.marks.insert((*holder).clone()));
+                about.extend(self.marks.of(holder));
+            }
+        }
+        for (holder, former) in &moved {
+            about.insert(*former);
+            about.extend(self.marks.of(holder));
+        }
+        scope.marked.extend(about.into_iter().flat_map(keys_of));
+        moved
+    }
+
+    /// Adds what the mark of a service port is about.
+    fn note_mark(&self, holder: &MarkHolder, scope: &mut Scope) {
+        let plan = self.plans.get(&holder.service);
+        let frontends = plan.into_iter().flat_map(|plan| &plan.frontends);
+        for (addr, frontend) in frontends {
+            let internal = frontend.internal.as_ref();
+            if internal.is_some_and(|internal| internal.holder == *holder) {
+                scope.insert(*addr);
+            }
+        }
+    }
+
+    /// The mark of packets of clients within the cluster to a frontend.
+    #[must_use]
+    pub fn mark(&self, addr: &FrontendAddr) -> Option<Mark> {
+        let internal = self.frontend(addr)?.internal.as_ref()?;
+        self.marks.of(&internal.holder)
+    }
+
+    /// The virtual service by this mark, which has the backends of a service port
+    /// for clients within the cluster.
+    #[must_use]
+    pub fn marked_service(&self, key: &ServiceKey) -> Option<VirtualService> {
+        let ServiceKey::Mark { family, mark } = key else {
+            return None;
+        };
+        self.internal_of(self.marks.holder(*mark)?, *family)
+            .map(Internal::virtual_service)
+    }
+
+    /// The service port that has this mark.
+    #[must_use]
+    pub fn mark_holder(&self, mark: Mark) -> Option<&MarkHolder> {
+        self.marks.holder(mark)
+    }
+
+    fn internal_of(&self, holder: &MarkHolder, family: Family) -> Option<&Internal> {
+        let plan = self.plans.get(&holder.service)?;
+        let mut of_family = plan
+            .frontends
+            .iter()
+            .filter(|(addr, _)| Family::of(addr.ip) == family)
+            .filter(|(addr, frontend)| self.frontend(addr) == Some(frontend))
+            .filter_map(|(_, frontend)| frontend.internal.as_ref());
+        of_family.find(|internal| internal.holder == *holder)
+    }
+
+    /// Every virtual service by mark.
+    pub fn marked(&self) -> impl Iterator<Item = ServiceKey> {
+        let marks = self.marks.iter();
+        marks.flat_map(move |(mark, holder)| {
+            let keys = keys_of(mark);
+            keys.filter(move |key| self.internal_of(holder, key.family()).is_some())
+        })
+    }
+
+    fn claim(&mut self, addr: FrontendAddr, is_vip: bool, claim: Claim) {
         let new = self.claims.entry(addr).or_default().insert(claim);
-        if new && kind.is_vip() {
+        if new && is_vip {
             *self.vips.entry(addr.ip).or_default() += 1;
         }
     }
 
-    fn withdraw(&mut self, addr: FrontendAddr, kind: FrontendKind, claim: &Claim) {
+    fn withdraw(&mut self, addr: FrontendAddr, is_vip: bool, claim: &Claim) {
         let Some(claims) = self.claims.get_mut(&addr) else {
             return;
         };
@@ -199,8 +402,8 @@ impl Desired {
         if claims.is_empty() {
             self.claims.remove(&addr);
         }
-        if removed && kind.is_vip() {
-            count_down(&mut self.vips, addr.ip);
+        if removed && is_vip {
+            count_down(&mut self.vips, &addr.ip);
         }
     }
 
@@ -215,9 +418,36 @@ impl Desired {
             scope.hairpins.insert(*ip);
         }
         for ip in old.difference(new) {
-            count_down(&mut self.hairpins, *ip);
+            count_down(&mut self.hairpins, ip);
             scope.hairpins.insert(*ip);
         }
+    }
+
+    fn count_served(
+        &mut self,
+        old: &BTreeSet<FrontendAddr>,
+        new: &BTreeSet<FrontendAddr>,
+        scope: &mut Scope,
+    ) {
+        for addr in new.difference(old) {
+            *self.served.entry(*addr).or_default() += 1;
+            scope.frontends.insert(*addr);
+        }
+        for addr in old.difference(new) {
+            count_down(&mut self.served, addr);
+            scope.frontends.insert(*addr);
+        }
+    }
+
+    /// Whether a program of this node answers at this place of a VIP.
+    #[must_use]
+    pub fn is_served(&self, addr: &FrontendAddr) -> bool {
+        self.served.contains_key(addr)
+    }
+
+    /// Every such place, in order.
+    pub fn served(&self) -> impl Iterator<Item = FrontendAddr> {
+        self.served.keys().copied()
     }
 
     /// The frontend at `addr`, of the pod or Service that holds it.
@@ -269,6 +499,44 @@ impl Desired {
         })
     }
 
+    /// Who may call the frontend; none admits everyone. A process of this node
+    /// may call with the VIP as its source, where that is an address of the VIP
+    /// device: it is admitted where the node's own address is, and nowhere else.
+    #[must_use]
+    pub fn admitted(&self, addr: &FrontendAddr) -> BTreeSet<IpNetwork> {
+        let Some(frontend) = self.frontend(addr) else {
+            return BTreeSet::new();
+        };
+        let mut ranges = frontend.source_ranges.clone();
+        let family = Family::of(addr.ip);
+        let node = self.facts.primary.get(&family);
+        let admitted = node.is_some_and(|node| ranges.iter().any(|range| range.contains(*node)));
+        let with_vip: Vec<IpNetwork> = ranges
+            .iter()
+            .filter(|range| range.contains(addr.ip))
+            .copied()
+            .collect();
+        if admitted {
+            if with_vip.is_empty()
+                && let Ok(vip) = IpNetwork::new(addr.ip, family.bits())
+            {
+                ranges.insert(vip);
+            }
+            return ranges;
+        }
+        for range in with_vip {
+            ranges.remove(&range);
+            ranges.extend(network::without(range, addr.ip));
+        }
+        ranges
+    }
+
+    /// The health checks of Services, by namespace and name.
+    #[must_use]
+    pub fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
+        &self.health_checks
+    }
+
     /// Whether `ip` is a VIP.
     #[must_use]
     pub fn is_vip(&self, ip: IpAddr) -> bool {
@@ -278,6 +546,20 @@ impl Desired {
     /// Every VIP, in order.
     pub fn vips(&self) -> impl Iterator<Item = IpAddr> {
         self.vips.keys().copied()
+    }
+
+    /// How `ip` should be bound; `None` where it is no VIP.
+    #[must_use]
+    pub fn binding(&self, ip: IpAddr) -> Option<Binding> {
+        self.is_vip(ip).then(|| match &self.facts.vip_binding {
+            VipBinding::Address => Binding::Address,
+            VipBinding::Route => Binding::Route {
+                source: self.facts.sources.get(&Family::of(ip)).copied(),
+            },
+            VipBinding::Device(device) => Binding::Alias {
+                device: device.clone(),
+            },
+        })
     }
 
     /// Whether connections from `ip` to itself need another source.
@@ -355,220 +637,41 @@ pub(crate) fn condition(service: &ObjectName, reason: Reason, message: String) -
     }
 }
 
-fn count_down(counts: &mut BTreeMap<IpAddr, usize>, ip: IpAddr) {
-    if let Some(count) = counts.get_mut(&ip) {
+/// Backends that were used while their pods were being ended, and now are in no slice.
+fn ended(
+    cluster: &ClusterState,
+    name: &ObjectName,
+    old: &ServicePlan,
+    new: &ServicePlan,
+) -> BTreeSet<Server> {
+    let mut ended = BTreeSet::new();
+    for (addr, frontend) in &old.frontends {
+        let used = new.frontends.get(addr).map(|frontend| &frontend.backends);
+        for (backend, former) in &frontend.backends {
+            let leaves = used.is_none_or(|used| !used.contains_key(backend));
+            if leaves && former.state == BackendState::Terminating {
+                ended.insert(((*addr).into(), *backend));
+            }
+        }
+    }
+    if !ended.is_empty() {
+        let ips = ended.iter().map(|(_, backend): &Server| backend.ip);
+        let listed = cluster.listed_of(name, &ips.collect());
+        ended.retain(|(_, backend)| !listed.contains_key(&backend.ip));
+    }
+    ended
+}
+
+fn keys_of(mark: Mark) -> impl Iterator<Item = ServiceKey> {
+    let families = Family::ALL.into_iter();
+    families.map(move |family| ServiceKey::Mark { family, mark })
+}
+
+fn count_down<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
         *count -= 1;
         if *count == 0 {
-            counts.remove(&ip);
+            counts.remove(key);
         }
     }
-}
-
-/// Headless Services, external names, those that ask for another proxy and those
-/// that have no address yet are not.
-fn is_ours_to_serve(service: &Service) -> bool {
-    let spec = &service.spec;
-    let mut ips = std::iter::once(&spec.cluster_ip).chain(&spec.cluster_ips);
-    let headless = ips.clone().any(|text| text.eq_ignore_ascii_case("none"));
-    let has_address = ips.any(|text| !text.is_empty());
-    spec.service_type != ServiceType::ExternalName
-        && !service.metadata.labels.contains_key(PROXY_NAME_LABEL)
-        && !headless
-        && has_address
-}
-
-/// What it takes to plan one Service.
-struct Planner<'a> {
-    cluster: &'a ClusterState,
-    name: &'a ObjectName,
-    node: &'a str,
-    facts: &'a NodeFacts,
-}
-
-impl Planner<'_> {
-    fn plan(&self, service: &Service) -> ServicePlan {
-        let mut plan = ServicePlan {
-            created: service
-                .metadata
-                .creation_timestamp
-                .map_or(Created::Unknown, Created::At),
-            ..ServicePlan::default()
-        };
-        if !is_ours_to_serve(service) {
-            return plan;
-        }
-        note_unsupported(self.name, service, &mut plan.conditions);
-        let vips = cluster_ips(self.name, &service.spec, &mut plan.conditions);
-        let families: BTreeSet<Family> = vips.iter().map(|ip| Family::of(*ip)).collect();
-        let slices = self.cluster.slices_of(self.name);
-        note_hints(self.name, slices, &families, &mut plan.conditions);
-        let vips = self.without_own(vips, &mut plan.conditions);
-        for port in &service.spec.ports {
-            if port.port == 0 {
-                let message = "spec.ports[].port is 0; give a number from 1 to 65535".to_owned();
-                plan.conditions
-                    .push(condition(self.name, Reason::InvalidPort, message));
-                continue;
-            }
-            match port.protocol {
-                Protocol::Tcp | Protocol::Udp => {}
-                Protocol::Sctp => {
-                    let condition = unsupported(
-                        self.name,
-                        "spec.ports[].protocol",
-                        "SCTP ports are not served",
-                    );
-                    if !plan.conditions.contains(&condition) {
-                        plan.conditions.push(condition);
-                    }
-                    continue;
-                }
-            }
-            for family in &families {
-                let backends = endpoints::choose(
-                    self.cluster.slices_of(self.name),
-                    port,
-                    *family,
-                    self.node,
-                    &mut plan.conditions,
-                );
-                self.note_hairpins(&backends, &mut plan.hairpins);
-                self.add_port(port, *family, &vips, &backends, &mut plan);
-            }
-        }
-        plan
-    }
-
-    /// A VIP that is an address of this node would cut the node off: the guard
-    /// refuses whatever comes for a VIP and is no service.
-    fn without_own(
-        &self,
-        mut vips: BTreeSet<IpAddr>,
-        conditions: &mut Vec<Condition>,
-    ) -> BTreeSet<IpAddr> {
-        vips.retain(|ip| {
-            let own = self.facts.own.contains(ip);
-            if own {
-                conditions.push(condition(
-                    self.name,
-                    Reason::AddressConflict,
-                    format!(
-                        "spec.clusterIPs: {ip} is an address of node {}; it is not served, \
-                         give the Service an address of the service network",
-                        self.node
-                    ),
-                ));
-            }
-            !own
-        });
-        vips
-    }
-
-    fn note_hairpins(
-        &self,
-        backends: &BTreeMap<BackendAddr, Backend>,
-        hairpins: &mut BTreeSet<IpAddr>,
-    ) {
-        for (addr, backend) in backends {
-            let here = backend.local || self.facts.pods.iter().any(|pods| pods.contains(addr.ip));
-            if here {
-                hairpins.insert(addr.ip);
-            }
-        }
-    }
-
-    fn add_port(
-        &self,
-        port: &ServicePort,
-        family: Family,
-        vips: &BTreeSet<IpAddr>,
-        backends: &BTreeMap<BackendAddr, Backend>,
-        plan: &mut ServicePlan,
-    ) {
-        let of_family = |ip: &&IpAddr| Family::of(**ip) == family;
-        let mut duplicates = BTreeSet::new();
-        let mut add = |kind, ip, number| {
-            let addr = FrontendAddr::new(ip, number, port.protocol);
-            if plan.frontends.contains_key(&addr) {
-                let field = match kind {
-                    FrontendKind::ClusterIP => "port",
-                    FrontendKind::NodePort => "nodePort",
-                    FrontendKind::HostPort => "hostPort",
-                };
-                duplicates.insert((field, number));
-                return;
-            }
-            plan.frontends.insert(
-                addr,
-                Frontend {
-                    kind,
-                    holder: self.name.clone(),
-                    port_name: port.name.clone(),
-                    scheduling: Scheduling::default(),
-                    backends: backends.clone(),
-                },
-            );
-        };
-        for ip in vips.iter().filter(of_family) {
-            add(FrontendKind::ClusterIP, *ip, port.port);
-        }
-        if port.node_port != 0 {
-            let range = &self.facts.node_port_range;
-            let condition = condition(
-                self.name,
-                Reason::InvalidPort,
-                format!(
-                    "spec.ports[].nodePort: {} is not in nodePortRange {}-{}: a source that is \
-                     replaced may have the same port; set nodePortRange to what the API server has",
-                    port.node_port,
-                    range.start(),
-                    range.end()
-                ),
-            );
-            if !range.contains(&port.node_port) && !plan.conditions.contains(&condition) {
-                plan.conditions.push(condition);
-            }
-            for ip in self.facts.node_ports.iter().filter(of_family) {
-                add(FrontendKind::NodePort, *ip, port.node_port);
-            }
-        }
-        for (field, number) in duplicates {
-            let message = format!(
-                "spec.ports[].{field}: {number}/{} stands twice, the first is served; remove the other",
-                port.protocol
-            );
-            let condition = condition(self.name, Reason::DuplicatePort, message);
-            // Both families find the same.
-            if !plan.conditions.contains(&condition) {
-                plan.conditions.push(condition);
-            }
-        }
-    }
-}
-
-/// `clusterIPs`, or `clusterIP` where an object has only that.
-fn cluster_ips(
-    name: &ObjectName,
-    spec: &ServiceSpec,
-    conditions: &mut Vec<Condition>,
-) -> BTreeSet<IpAddr> {
-    let (field, texts) = if spec.cluster_ips.is_empty() {
-        ("spec.clusterIP", std::slice::from_ref(&spec.cluster_ip))
-    } else {
-        ("spec.clusterIPs", spec.cluster_ips.as_slice())
-    };
-    let mut vips = BTreeSet::new();
-    for text in texts.iter().filter(|text| !text.is_empty()) {
-        match parse_address(text) {
-            Ok(ip) => {
-                vips.insert(ip);
-            }
-            Err(error) => conditions.push(condition(
-                name,
-                Reason::InvalidAddress,
-                format!("{field}: {text:?} {error}; the address is not served, correct it"),
-            )),
-        }
-    }
-    vips
 }

@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::address::{AddressError, BackendAddr, Family, FrontendAddr, Protocol, parse_address};
-use crate::desired::{Desired, Frontend, FrontendKind, Scope};
+use crate::desired::{Action, Desired, Frontend, FrontendKind, Scope};
 use crate::endpoints::{Backend, BackendState};
 use crate::names::{Attachment, ObjectName};
 use crate::network::NodeFacts;
@@ -49,9 +49,6 @@ pub enum HostPortError {
     /// Port 0 is none.
     #[error("containerPort is 0; give a number from 1 to 65535")]
     NoContainerPort,
-    /// The datapath has no SCTP yet.
-    #[error("protocol is \"sctp\", which this version does not serve; map TCP or UDP")]
-    Sctp,
     /// IPVS never serves it.
     #[error(
         "hostIP is {0}, a loopback address, which this version does not serve; leave hostIP out or name an address of the node"
@@ -72,7 +69,7 @@ impl HostPortError {
     #[must_use]
     pub fn is_unsupported(self) -> bool {
         match self {
-            Self::Sctp | Self::Loopback(_) => true,
+            Self::Loopback(_) => true,
             Self::NoHostPort | Self::NoContainerPort | Self::HostIp { .. } => false,
         }
     }
@@ -119,10 +116,6 @@ impl HostPort {
         }
         if self.container_port == 0 {
             return Err(HostPortError::NoContainerPort);
-        }
-        match self.protocol {
-            Protocol::Tcp | Protocol::Udp => {}
-            Protocol::Sctp => return Err(HostPortError::Sctp),
         }
         match self.host_ip {
             None => Ok(()),
@@ -217,6 +210,7 @@ impl PodPorts {
             let here = Backend {
                 state: BackendState::Ready,
                 local: true,
+                weight: 1,
             };
             let frontend = Frontend {
                 kind: FrontendKind::HostPort,
@@ -224,6 +218,11 @@ impl PodPorts {
                 port_name: String::new(),
                 scheduling: Scheduling::default(),
                 backends: BTreeMap::from([(backend, here)]),
+                empty: Action::Reject,
+                is_vip: false,
+                preserves_client: true,
+                source_ranges: BTreeSet::new(),
+                internal: None,
             };
             let addr = FrontendAddr::new(*ip, port.host_port, port.protocol);
             Some((addr, frontend))
@@ -382,6 +381,16 @@ impl Desired {
     /// have changed by it.
     pub fn set_host_ports(&mut self, attachment: &Attachment, ports: Option<PodPorts>) -> Scope {
         let mut scope = Scope::default();
+        if ports.is_none() {
+            // Nobody is left behind what it has.
+            for addr in self.host_ports.keys_of(attachment) {
+                let frontend = self.host_ports.frontend(&addr);
+                let backends = frontend.into_iter().flat_map(|f| f.backends.keys());
+                scope
+                    .ended
+                    .extend(backends.map(|backend| (addr.into(), *backend)));
+            }
+        }
         let moved = self.host_ports.set(&self.facts, attachment, ports);
         self.note_moved(&moved, &mut scope);
         scope
@@ -401,6 +410,7 @@ impl Desired {
             scope.insert(*addr);
         }
         self.count_hairpins(&moved.before, &moved.after, scope);
+        self.note_claimed_marks(scope);
     }
 
     /// Whether the host ports of a pod to be can be served at the node's

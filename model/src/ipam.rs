@@ -154,6 +154,14 @@ pub struct Ledger {
 }
 
 impl Ledger {
+    /// Whether an address is this node's to give, and nobody's.
+    #[must_use]
+    pub fn is_abandoned(&self, ip: IpAddr) -> bool {
+        self.ranges.iter().any(|range| range.offers(ip))
+            && !self.leased.contains(&ip)
+            && !self.withheld.contains(&ip)
+    }
+
     /// Sets the node's pod ranges, one for each family. Leases outside of them stay what they are.
     pub fn set_ranges(&mut self, mut ranges: Vec<PodRange>) {
         ranges.sort_by_key(PodRange::family);

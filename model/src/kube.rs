@@ -84,13 +84,41 @@ impl<'de> Visitor<'de> for PortNumber {
     }
 }
 
-/// Annotations by which a Service chooses a scheduler: kube-router's and our own.
-pub const SCHEDULER_ANNOTATIONS: [&str; 4] = [
-    "kube-router.io/service.scheduler",
-    "kube-router.io/service.schedflags",
-    "ferrule.io/scheduler",
+/// Label of a Node that names its zone.
+pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+/// Annotations by which a Service chooses its scheduler: ours, which wins, and kube-router's.
+pub const SCHEDULER_ANNOTATIONS: [&str; 2] =
+    ["ferrule.io/scheduler", "kube-router.io/service.scheduler"];
+
+/// Likewise, the scheduler's flags.
+pub const FLAGS_ANNOTATIONS: [&str; 2] = [
     "ferrule.io/scheduler-flags",
+    "kube-router.io/service.schedflags",
 ];
+
+/// Annotation of a Service, or of a slice, that gives its endpoints their weight.
+pub const WEIGHT_ANNOTATION: &str = "ferrule.io/weight";
+
+/// Annotation of a Service that gives single endpoints their weight, by address or pod.
+pub const WEIGHTS_ANNOTATION: &str = "ferrule.io/endpoint-weights";
+
+/// Annotation of a slice: when the change of a pod or Service was made that it shows. Of
+/// interest to who measures how long changes take; nothing is decided by it.
+pub const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+/// Taint of a Node that the cluster autoscaler is about to remove.
+pub const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+
+fn is_known_annotation(key: &str) -> bool {
+    let mut schedulers = SCHEDULER_ANNOTATIONS.iter().chain(&FLAGS_ANNOTATIONS);
+    let others = [
+        WEIGHT_ANNOTATION,
+        WEIGHTS_ANNOTATION,
+        TRIGGER_TIME_ANNOTATION,
+    ];
+    others.contains(&key) || schedulers.any(|known| *known == key)
+}
 
 /// Texts by key. A value that is `null` is empty, as the API server reads it: charts
 /// write `label:` with nothing behind it.
@@ -111,7 +139,7 @@ where
     D: Deserializer<'de>,
 {
     let mut annotations = texts(deserializer)?;
-    annotations.retain(|key, _| SCHEDULER_ANNOTATIONS.contains(&key.as_str()));
+    annotations.retain(|key, _| is_known_annotation(key));
     Ok(annotations)
 }
 
@@ -133,6 +161,9 @@ pub struct ObjectMeta {
     /// When the object was made.
     #[serde(default)]
     pub creation_timestamp: Option<Timestamp>,
+    /// When somebody asked that it be deleted; it is there until its finalizers are done.
+    #[serde(default)]
+    pub deletion_timestamp: Option<Timestamp>,
 }
 
 impl ObjectMeta {
@@ -181,6 +212,9 @@ pub struct ServiceSpec {
     /// `ClientIP` or `None` (the word).
     #[serde(default, deserialize_with = "null_is_default")]
     pub session_affinity: String,
+    /// How long the affinity lasts.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub session_affinity_config: SessionAffinityConfig,
     /// `Cluster` or `Local`, for clients in the cluster.
     #[serde(default, deserialize_with = "null_is_default")]
     pub internal_traffic_policy: String,
@@ -198,11 +232,29 @@ pub struct ServiceSpec {
     pub ports: Vec<ServicePort>,
 }
 
+/// `SessionAffinityConfig`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct SessionAffinityConfig {
+    /// Of `sessionAffinity: ClientIP`.
+    #[serde(default, rename = "clientIP", deserialize_with = "null_is_default")]
+    pub client_ip: ClientIpConfig,
+}
+
+/// `ClientIPConfig`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClientIpConfig {
+    /// Seconds; absent means three hours.
+    #[serde(default)]
+    pub timeout_seconds: Option<i64>,
+}
+
 /// `ServiceSpec.type`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum ServiceType {
     /// Reached inside the cluster.
     #[default]
+    #[serde(alias = "")]
     ClusterIP,
     /// Also through a port of each node.
     NodePort,
@@ -314,23 +366,39 @@ pub struct Endpoint {
     /// Whom it is meant for.
     #[serde(default, deserialize_with = "null_is_default")]
     pub hints: EndpointHints,
+    /// The pod behind it.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub target_ref: TargetRef,
 }
 
-/// `EndpointHints`; whether there are any is all that is read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+/// `EndpointHints`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointHints {
-    /// `forZones` is not empty.
-    #[serde(default, deserialize_with = "is_not_empty")]
-    pub for_zones: bool,
-    /// `forNodes` is not empty.
-    #[serde(default, deserialize_with = "is_not_empty")]
-    pub for_nodes: bool,
+    /// Zones whose clients should use the endpoint.
+    #[serde(default, deserialize_with = "names")]
+    pub for_zones: Vec<String>,
+    /// Nodes whose clients should use the endpoint.
+    #[serde(default, deserialize_with = "names")]
+    pub for_nodes: Vec<String>,
 }
 
-fn is_not_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
-    let list: Vec<serde::de::IgnoredAny> = null_is_default(deserializer)?;
-    Ok(!list.is_empty())
+/// The names of a list of `{name: …}`.
+fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    struct Named {
+        name: String,
+    }
+    let list: Vec<Named> = null_is_default(deserializer)?;
+    Ok(list.into_iter().map(|named| named.name).collect())
+}
+
+/// `ObjectReference`, of which the name is read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct TargetRef {
+    /// Name of the pod.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub name: String,
 }
 
 /// `EndpointConditions`; what is absent has the API's meaning, see the methods.
@@ -408,6 +476,14 @@ impl Node {
             .filter(|text| !text.is_empty())
     }
 
+    /// Whether the node is about to be taken away: balancers should send nobody new to it.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        let mut taints = self.spec.taints.iter();
+        self.metadata.deletion_timestamp.is_some()
+            || taints.any(|taint| taint.key == TO_BE_DELETED_TAINT)
+    }
+
     /// The addresses of a type, as they are written.
     pub fn addresses_of(&self, kind: AddressKind) -> impl Iterator<Item = &str> {
         self.status
@@ -477,7 +553,25 @@ pub struct NodeSpec {
     /// All pod ranges, at most one for each family.
     #[serde(default, rename = "podCIDRs", deserialize_with = "null_is_default")]
     pub pod_cidrs: Vec<String>,
+    /// What keeps pods off the node, and says how it fares.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub taints: Vec<Taint>,
 }
+
+/// `Taint`; its effect does not matter here.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Taint {
+    /// Its name.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub key: String,
+}
+
+/// Taints of a node that the cluster has lost: its node controller sets the first where
+/// kubelet has not been heard of, an operator the second where the machine is off.
+pub const LOST_TAINTS: [&str; 2] = [
+    "node.kubernetes.io/unreachable",
+    "node.kubernetes.io/out-of-service",
+];
 
 /// Kinds of object that Ferrule reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

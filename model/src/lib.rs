@@ -9,26 +9,35 @@
 //! that could do any of it.
 
 pub mod address;
+pub mod binding;
 pub mod change;
 pub mod cluster;
 pub mod condition;
 pub mod desired;
 pub mod diff;
+pub mod drain;
 pub mod endpoints;
 pub mod frontend;
 pub mod host_ports;
 pub mod ipam;
 pub mod kube;
+pub mod marks;
 pub mod names;
 pub mod network;
 pub mod observed;
 pub mod ownership;
 pub mod plan;
+mod planner;
 #[cfg(feature = "fuzzing")]
 pub mod planted;
+mod policy_words;
 pub mod routes;
+pub mod scheduling;
 pub mod service;
 pub mod source_nat;
+mod source_ranges;
 pub mod time;
-mod unsupported;
+pub mod trace;
+pub mod verdict;
 pub mod view;
+mod vips;

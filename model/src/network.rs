@@ -4,17 +4,19 @@
 //! it and from the cluster's facts. Source NAT is decided from these alone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
 use ipnetwork::IpNetwork;
 
-use crate::address::{Family, parse_address};
+use crate::address::{AddressError, Family, parse_address, parse_any};
+use crate::binding::VipBinding;
 use crate::cluster::ClusterState;
 use crate::condition::{Condition, Reason};
 use crate::ipam::{PodRange, RangeError};
-use crate::kube::{AddressKind, Kind, Node, ObjectKey};
+use crate::kube::{AddressKind, Kind, Node, ObjectKey, ZONE_LABEL};
 use crate::names::ObjectName;
+use crate::service::{Scheduler, Scheduling};
 
 /// Which of the node's addresses serve node ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,7 +30,31 @@ pub enum NodePortAddresses {
     Within(Vec<IpNetwork>),
 }
 
-/// What the operator decides about addresses.
+/// Which external IPs are served.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ExternalIps {
+    /// Every one that a Service names.
+    #[default]
+    All,
+    /// Those within one of these networks; none of them, no external IP.
+    Within(Vec<IpNetwork>),
+}
+
+/// How it is told that a client of a ClusterIP is within the cluster; the source of
+/// others is replaced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DetectLocal {
+    /// Its address is in the configured pod network.
+    ClusterCidr,
+    /// Its address is in this node's pod ranges.
+    NodeCidr,
+    /// It comes through this device.
+    BridgeInterface(String),
+    /// It comes through a device whose name begins so.
+    InterfaceNamePrefix(String),
+}
+
+/// What the operator decides about services and their addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// The pod network; where empty, the pod ranges of all Nodes.
@@ -44,6 +70,17 @@ pub struct Policy {
     pub masquerade_all: bool,
     /// Ports out of which node ports are given; a replaced source never has one of them.
     pub node_ports: RangeInclusive<u16>,
+    /// Which external IPs are served.
+    pub external_ips: ExternalIps,
+    /// How connections are spread where a Service says nothing.
+    pub scheduling: Scheduling,
+    /// What Services call us that ask for a proxy by name; absent: none does.
+    pub proxy_name: Option<String>,
+    /// How clients within the cluster are told; absent: nobody calls a ClusterIP from
+    /// beyond it, or their source may stay.
+    pub detect_local: Option<DetectLocal>,
+    /// How VIPs are bound.
+    pub vip_binding: VipBinding,
 }
 
 impl Default for Policy {
@@ -55,6 +92,11 @@ impl Default for Policy {
             non_masquerade: None,
             masquerade_all: false,
             node_ports: 30_000..=32_767,
+            external_ips: ExternalIps::All,
+            scheduling: Scheduling::default(),
+            proxy_name: None,
+            detect_local: None,
+            vip_binding: VipBinding::Address,
         }
     }
 }
@@ -153,12 +195,6 @@ impl Networks {
             .peekable();
         of_family.peek().is_some() && !of_family.any(|network| network.contains(ip))
     }
-
-    /// Whether `ip` is a pod of this node.
-    #[must_use]
-    pub fn is_node_pod(&self, ip: IpAddr) -> bool {
-        self.node_pods.iter().any(|network| network.contains(ip))
-    }
 }
 
 /// RFC 3927, RFC 4291.
@@ -191,19 +227,32 @@ pub fn outermost(networks: &BTreeSet<IpNetwork>, family: Family) -> Vec<IpNetwor
 pub fn parse_network(text: &str) -> Result<IpNetwork, String> {
     let wrong = || format!("{text:?} is not a network in CIDR notation, such as 10.244.0.0/16");
     // The parser takes a lone address, and a netmask behind the slash, too.
-    let (_, prefix) = text.trim().split_once('/').ok_or_else(wrong)?;
+    let (ip, prefix) = text.trim().split_once('/').ok_or_else(wrong)?;
     if !prefix.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(wrong());
     }
-    let network: IpNetwork = text.trim().parse().map_err(|_| wrong())?;
-    if let IpAddr::V6(ip) = network.ip()
-        && ip.to_ipv4_mapped().is_some()
-    {
-        return Err(format!(
-            "{text:?} is IPv4-mapped IPv6, write it as plain IPv4"
-        ));
-    }
-    IpNetwork::new(network.network(), network.prefix()).map_err(|_| wrong())
+    let prefix = prefix.parse().map_err(|_| wrong())?;
+    let ip = parse_any(ip).map_err(|error| match error {
+        AddressError::Mapped => format!("{text:?} is IPv4-mapped IPv6, write it as plain IPv4"),
+        AddressError::NotAnAddress | AddressError::NotUnicast => wrong(),
+    })?;
+    let network = IpNetwork::new(ip, prefix).map_err(|_| wrong())?;
+    IpNetwork::new(network.network(), prefix).map_err(|_| wrong())
+}
+
+/// A network but for one of its addresses, as one network for each bit behind its prefix.
+pub(crate) fn without(network: IpNetwork, ip: IpAddr) -> impl Iterator<Item = IpNetwork> {
+    let bits = Family::of(ip).bits();
+    (network.prefix()..bits).filter_map(move |prefix| {
+        // The half that `ip` is not in.
+        let distance = u32::from(bits - prefix - 1);
+        let other: IpAddr = match ip {
+            IpAddr::V4(ip) => Ipv4Addr::from_bits(ip.to_bits() ^ (1 << distance)).into(),
+            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() ^ (1 << distance)).into(),
+        };
+        let half = IpNetwork::new(other, prefix + 1).ok()?;
+        IpNetwork::new(half.network(), prefix + 1).ok()
+    })
 }
 
 /// Key of an object that has no namespace.
@@ -254,7 +303,7 @@ pub(crate) fn pod_ranges(
     ranges.into_values().collect()
 }
 
-/// What is known of this node's own addresses.
+/// What is known of this node, and what the operator decided for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeFacts {
     /// Every address of the node: none of them can be a VIP.
@@ -265,6 +314,23 @@ pub struct NodeFacts {
     pub pods: BTreeSet<IpNetwork>,
     /// The ports that node ports are given out of.
     pub node_port_range: RangeInclusive<u16>,
+    /// The address of each family by which the node is known.
+    pub primary: BTreeMap<Family, IpAddr>,
+    /// The zone that the Node object names.
+    pub zone: Option<String>,
+    /// Which external IPs are served.
+    pub external_ips: ExternalIps,
+    /// How connections are spread where a Service says nothing.
+    pub scheduling: Scheduling,
+    /// Schedulers that the kernel of this node was seen not to have.
+    pub missing_schedulers: BTreeSet<Scheduler>,
+    /// What Services call us that ask for a proxy by name.
+    pub proxy_name: Option<String>,
+    /// How VIPs are bound.
+    pub vip_binding: VipBinding,
+    /// The address of each family by which processes of the node call VIPs that are bound by
+    /// route; the machine has it.
+    pub sources: BTreeMap<Family, IpAddr>,
 }
 
 impl Default for NodeFacts {
@@ -304,11 +370,24 @@ impl NodeFacts {
                 .filter(|ip| within(*ip, networks))
                 .collect(),
         };
+        let primary = Family::ALL.into_iter().filter_map(|family| {
+            let ip = primary(family, &internal, &external)?;
+            Some((family, ip))
+        });
+        let zone = object.and_then(|node| node.metadata.labels.get(ZONE_LABEL));
         Self {
             own,
             node_ports,
             pods: pods.clone(),
             node_port_range: policy.node_ports.clone(),
+            primary: primary.collect(),
+            zone: zone.filter(|zone| !zone.is_empty()).cloned(),
+            external_ips: policy.external_ips.clone(),
+            scheduling: policy.scheduling.clone(),
+            missing_schedulers: BTreeSet::new(),
+            proxy_name: policy.proxy_name.clone(),
+            vip_binding: policy.vip_binding.clone(),
+            sources: BTreeMap::new(),
         }
     }
 }
@@ -421,6 +500,8 @@ mod tests {
             (30_000..=32_767, 32_768..=65_535),
             (60_000..=65_535, 1024..=59_999),
             (1024..=2000, 2001..=65_535),
+            (60_000..=65_000, 1024..=59_999),
+            (1025..=65_535, 1024..=1024),
         ];
         for (node_ports, expected) in cases {
             let policy = Policy {
@@ -466,6 +547,14 @@ mod tests {
             parse_network("10.244.3.7/16").unwrap().to_string(),
             "10.244.0.0/16"
         );
+        // Decimal, as the API's old objects have it.
+        for (text, network) in [
+            ("010.000.0.0/8", "10.0.0.0/8"),
+            ("0.0.0.0/0", "0.0.0.0/0"),
+            (" ::/0 ", "::/0"),
+        ] {
+            assert_eq!(parse_network(text).unwrap().to_string(), network);
+        }
         for bad in [
             "10.0.0.1",
             "10.0.0.0/33",
@@ -478,6 +567,19 @@ mod tests {
             assert!(parse_network(bad).is_err(), "{bad}");
             assert!(PodRange::parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_network_but_for_one_address() {
+        let but = |network, ip: &str| -> Vec<String> {
+            let halves = without(parse_network(network).unwrap(), ip.parse().unwrap());
+            halves.map(|half| half.to_string()).collect()
+        };
+        let halves = ["192.0.2.4/31", "192.0.2.7/32"];
+        assert_eq!(but("192.0.2.4/30", "192.0.2.6"), halves);
+        assert_eq!(but("fd00::2/127", "fd00::3"), ["fd00::2/128"]);
+        assert!(but("192.0.2.6/32", "192.0.2.6").is_empty());
+        assert_eq!(but("::/0", "::").len(), 128);
     }
 
     #[test]

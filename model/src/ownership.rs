@@ -12,6 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::address::FrontendAddr;
 use crate::names::{Attachment, ContainerId, IfName, NetworkName};
+use crate::service::{Mark, ServiceKey};
 
 /// The dummy device that carries the VIPs; the name that operators of
 /// kube-proxy's IPVS mode know.
@@ -25,6 +26,18 @@ pub const HOST_VETH_PREFIX: &str = "fer";
 
 /// The devices that shape what comes from pods begin so.
 pub const SHAPER_PREFIX: &str = "feb";
+
+/// Bits of a firewall mark that tell our virtual services by mark apart.
+pub const MARK_BITS: u32 = 24;
+
+/// The other bits, in which a mark shows that it is one of these. IPVS compares
+/// the whole mark, so other programs' bits cannot stand beside it: it is set just
+/// before IPVS looks at a packet, and taken off behind it.
+pub const MARK_BASE: Mark = 0xfe00_0000;
+
+/// The mark between IPVS and source NAT of new connections of clients that came
+/// through a device by which nobody of the cluster comes.
+pub const STRANGER_MARK: Mark = 0xfd00_0000;
 
 /// `rtm_protocol` of every route we make (the kernel leaves 4 to 255 to routing
 /// programs; iproute2's `rt_protos` does not list this one).
@@ -239,15 +252,30 @@ fn proven(
 /// our nft table before its first virtual service is made and leaves it after
 /// the last one is gone, so this holds across a crash at any instruction. At
 /// the node's own addresses others may have services too: there the proof is
-/// the frontend itself in the set of external ones, which keeps the same order.
-/// Services selected by firewall mark never reach this question: we make none.
+/// the frontend itself in the set of external ones, which keeps the same order. So it is at
+/// addresses that the operator shares with another program (kube-proxy's `excludeCIDRs`), by the
+/// set of frontends whose replies pass the guard.
+/// One selected by a firewall mark is ours if the filter's map gives that mark to
+/// a frontend; the entry keeps the same order, too.
 #[must_use]
-pub fn owns_virtual_service(
-    frontend: &FrontendAddr,
-    vips: &BTreeSet<IpAddr>,
-    external: &BTreeSet<FrontendAddr>,
-) -> bool {
-    vips.contains(&frontend.ip) || external.contains(frontend)
+pub fn owns_virtual_service(key: &ServiceKey, proofs: &Proofs) -> bool {
+    match key {
+        ServiceKey::Address(frontend) => {
+            proofs.vips.contains(&frontend.ip) || proofs.frontends.contains(frontend)
+        }
+        ServiceKey::Mark { .. } => proofs.marks.contains(key),
+    }
+}
+
+/// What proves that virtual services are ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Proofs {
+    /// VIPs of ours at which nobody else has virtual services.
+    pub vips: BTreeSet<IpAddr>,
+    /// Frontends in the set of external ones, and those at addresses that are shared.
+    pub frontends: BTreeSet<FrontendAddr>,
+    /// Marks that the filter's map gives to a frontend of the family.
+    pub marks: BTreeSet<ServiceKey>,
 }
 
 /// Whether a route leads to another node's pods and is ours: by its protocol
@@ -255,6 +283,23 @@ pub fn owns_virtual_service(
 #[must_use]
 pub fn owns_node_route(protocol: u8, has_gateway: bool) -> bool {
     protocol == ROUTE_PROTOCOL && has_gateway
+}
+
+/// `IFA_PROTO` of every address that we put on a device which is not ours.
+pub const ADDRESS_PROTOCOL: u8 = ROUTE_PROTOCOL;
+
+/// Whether a route of the kernel's local table binds a VIP and is ours: by its protocol
+/// number and because it is on the loopback device.
+#[must_use]
+pub fn owns_vip_route(protocol: u8, on_loopback: bool) -> bool {
+    protocol == ROUTE_PROTOCOL && on_loopback
+}
+
+/// Whether an address of a device that is not ours binds a VIP and is ours. The kernel
+/// notes who made it; that it is a VIP proves nothing, for others bind VIPs, too.
+#[must_use]
+pub fn owns_address(protocol: u8) -> bool {
+    protocol == ADDRESS_PROTOCOL
 }
 
 #[cfg(test)]
@@ -352,6 +397,20 @@ mod tests {
             let its = host_veth_name(&other);
             assert!(!owns_host_veth(&other, name.as_str(), Some(&alias), None));
             assert_ne!(name, its);
+        }
+    }
+
+    #[test]
+    fn what_binds_a_vip_is_ours_by_our_number_alone() {
+        assert!(owns_vip_route(ROUTE_PROTOCOL, true));
+        assert!(!owns_vip_route(ROUTE_PROTOCOL, false), "another device's");
+        // RTPROT_KERNEL, RTPROT_STATIC; IFAPROT_UNSPEC, IFAPROT_KERNEL_LL.
+        for others in [2, 4] {
+            assert!(!owns_vip_route(others, true), "{others}");
+        }
+        assert!(owns_address(ADDRESS_PROTOCOL));
+        for others in [0, 3] {
+            assert!(!owns_address(others), "{others}");
         }
     }
 

@@ -1,16 +1,17 @@
 //! What a node would program, in the stable form that people diff and script against.
 //!
 //! Fields are added, never renamed; [`VERSION`] rises when a meaning changes.
-//! Fields of features that are not there yet have the value that says so.
 
 use std::net::IpAddr;
 
+use ipnetwork::IpNetwork;
 use serde::Serialize;
 
-use crate::address::{Family, FrontendAddr, Protocol};
+use crate::address::{BackendAddr, Family, FrontendAddr, Protocol};
 use crate::condition::{Condition, Reason};
 use crate::desired::{Action, Frontend, FrontendKind};
-use crate::endpoints::BackendState;
+use crate::endpoints::{Backend, BackendState, Backends};
+use crate::service::Scheduling;
 use crate::view::NodeView;
 
 /// Version of the form.
@@ -26,7 +27,7 @@ pub struct Plan {
     pub node: String,
     /// By namespace, name, port, family, kind, address, clients.
     pub frontends: Vec<FrontendRow>,
-    /// Health checks of load-balanced Services; none are served by this version.
+    /// Health checks of load-balanced Services, by namespace and name.
     pub health_checks: Vec<HealthCheckRow>,
     /// By object, reason, message.
     pub conditions: Vec<ConditionRow>,
@@ -42,7 +43,7 @@ pub struct FrontendRow {
     pub port: String,
     /// `IPv4` or `IPv6`.
     pub family: Family,
-    /// `ClusterIP` or `NodePort`.
+    /// `ClusterIP`, `NodePort`, `ExternalIP` or `LoadBalancer`.
     pub kind: String,
     /// Address, IPv6 as in RFC 5952.
     pub address: IpAddr,
@@ -50,9 +51,10 @@ pub struct FrontendRow {
     pub port_number: u16,
     /// Transport protocol.
     pub protocol: Protocol,
-    /// Whom the row holds for: `any`.
+    /// Whom the row holds for: `any`; or, where these fare differently, `internal`
+    /// (pods of the cluster and this node itself) and `external`.
     pub clients: &'static str,
-    /// `balance` or `reject`.
+    /// `balance`, `reject` or `drop`.
     pub action: &'static str,
     /// Scheduler of IPVS.
     pub scheduler: String,
@@ -152,77 +154,115 @@ impl Plan {
             node: view.node().to_owned(),
             frontends: frontends
                 .into_iter()
-                .map(|(addr, frontend)| row(view, addr, frontend))
+                .flat_map(|(addr, frontend)| rows(view, addr, frontend))
                 .collect(),
-            health_checks: Vec::new(),
+            health_checks: view
+                .desired()
+                .health_checks()
+                .iter()
+                .map(|(service, check)| HealthCheckRow {
+                    service: service.to_string(),
+                    port: check.port,
+                    local_endpoints: check.local_endpoints,
+                })
+                .collect(),
             conditions,
         }
     }
 }
 
-fn row(view: &NodeView, addr: FrontendAddr, frontend: &Frontend) -> FrontendRow {
-    let servers = frontend.virtual_service().unwrap_or_default().servers;
-    let backends = servers.iter().filter_map(|(backend, weight)| {
-        let known = frontend.backends.get(backend)?;
-        Some(BackendRow {
-            address: backend.ip,
-            port: backend.port,
-            weight: *weight,
-            state: match known.state {
-                BackendState::Ready => "ready",
-                BackendState::Terminating => "terminating",
-            },
-            local: known.local,
-        })
-    });
-    let flags = frontend.scheduling.scheduler_flags;
-    FrontendRow {
-        service: frontend.holder.to_string(),
-        port: frontend.port_name.clone(),
-        family: Family::of(addr.ip),
-        kind: frontend.kind.to_string(),
-        address: addr.ip,
-        port_number: addr.port,
-        protocol: addr.protocol,
-        clients: "any",
-        action: match frontend.action() {
-            Action::Balance => "balance",
-            Action::Reject => "reject",
-        },
-        scheduler: frontend.scheduling.scheduler.name().to_owned(),
-        scheduler_flags: (0..3)
-            .filter(|bit| flags & (1 << bit) != 0)
-            .map(|bit| format!("flag-{}", bit + 1))
-            .collect(),
-        affinity_seconds: frontend.scheduling.persistence,
-        source_ranges: Vec::new(),
-        masquerade: masquerade(view, frontend),
-        backends: backends.collect(),
+/// One row, or two where clients within the cluster fare otherwise.
+fn rows(view: &NodeView, addr: FrontendAddr, frontend: &Frontend) -> Vec<FrontendRow> {
+    let row = |clients, action: Action, scheduling: &Scheduling, affinity, backends: &Backends| {
+        FrontendRow {
+            service: frontend.holder.to_string(),
+            port: frontend.port_name.clone(),
+            family: Family::of(addr.ip),
+            kind: frontend.kind.to_string(),
+            address: addr.ip,
+            port_number: addr.port,
+            protocol: addr.protocol,
+            clients,
+            action: action.name(),
+            scheduler: scheduling.scheduler.name().to_owned(),
+            scheduler_flags: scheduling.flag_names().collect(),
+            affinity_seconds: affinity,
+            source_ranges: frontend
+                .source_ranges
+                .iter()
+                .map(IpNetwork::to_string)
+                .collect(),
+            masquerade: masquerade(view, frontend, backends, clients),
+            backends: backends.iter().map(backend_row).collect(),
+        }
+    };
+    let own = |clients| {
+        row(
+            clients,
+            frontend.action(),
+            &frontend.scheduling,
+            frontend.scheduling.persistence,
+            &frontend.backends,
+        )
+    };
+    match &frontend.internal {
+        None => vec![own("any")],
+        Some(internal) => vec![
+            row(
+                "internal",
+                Action::Balance,
+                &internal.scheduling,
+                internal.affinity,
+                &internal.backends,
+            ),
+            own("external"),
+        ],
     }
 }
 
-/// The cases of source NAT that a frontend can meet, sorted.
-fn masquerade(view: &NodeView, frontend: &Frontend) -> Vec<&'static str> {
-    match (frontend.action(), frontend.kind) {
-        (Action::Reject, _) => return Vec::new(),
-        (Action::Balance, FrontendKind::ClusterIP) if view.policy().masquerade_all => {
-            return vec!["all"];
-        }
-        (
-            Action::Balance,
-            FrontendKind::ClusterIP | FrontendKind::NodePort | FrontendKind::HostPort,
-        ) => {}
+fn backend_row((addr, backend): (&BackendAddr, &Backend)) -> BackendRow {
+    BackendRow {
+        address: addr.ip,
+        port: addr.port,
+        weight: backend.weight,
+        state: match backend.state {
+            BackendState::Ready => "ready",
+            BackendState::Terminating => "terminating",
+        },
+        local: backend.local,
+    }
+}
+
+/// The cases of source NAT that clients of a frontend can meet, sorted.
+fn masquerade(
+    view: &NodeView,
+    frontend: &Frontend,
+    backends: &Backends,
+    clients: &str,
+) -> Vec<&'static str> {
+    if backends.is_empty() {
+        return Vec::new();
+    }
+    if frontend.kind == FrontendKind::ClusterIP && view.policy().masquerade_all {
+        return vec!["all"];
     }
     let mut cases = vec!["hairpin"];
-    if frontend.kind.is_external() && !frontend.kind.preserves_client() {
+    let family = backends.keys().map(|backend| Family::of(backend.ip)).next();
+    let nat = view.source_nat();
+    let strangers = family.and_then(|family| nat.strangers(family));
+    if frontend.kind == FrontendKind::ClusterIP && strangers.is_some() {
+        cases.push("offCluster");
+    }
+    // Under policy Local a backend on this node answers by way of it; one that clients
+    // within the cluster are led to may be on another.
+    let away = || backends.values().any(|backend| !backend.local);
+    if frontend.kind.is_external() && (!frontend.preserves_client || away()) {
         cases.push("offNode");
     }
     let networks = view.networks();
-    if frontend
-        .backends
-        .keys()
-        .any(|backend| networks.is_outside(backend.ip))
-    {
+    let outside = || backends.keys().any(|addr| networks.is_outside(addr.ip));
+    // No pod is among clients that are told apart as external.
+    if clients != "external" && outside() {
         cases.push("podEgress");
     }
     cases

@@ -6,20 +6,26 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 
+use crate::address::Family;
+use crate::binding::VipBinding;
 use crate::cluster::{ClusterState, Event, Touched};
 use crate::condition::{Condition, Reason};
 use crate::desired::{Desired, Scope};
+use crate::drain::{End, Server};
 use crate::host_ports::PodPorts;
 use crate::kube::{Kind, Node};
 use crate::names::Attachment;
 use crate::network::{
     Networks, NodeFacts, Policy, address_conditions, cluster_object, range_conditions,
 };
+use crate::observed::Observed;
 use crate::routes::{self, NodeRoute};
-use crate::source_nat::{OwnAddress, SourceNat};
+use crate::service::Scheduler;
+use crate::source_nat::{OwnAddress, SourceNat, node_address};
 
 /// One node's view of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +41,8 @@ pub struct NodeView {
     /// The node's own object as it was last: pods and node ports go on when it
     /// vanishes, be it for the moment in which a folder of manifests is replaced.
     object: Option<Node>,
+    /// Schedulers that the kernel was seen not to have.
+    missing_schedulers: BTreeSet<Scheduler>,
 }
 
 impl NodeView {
@@ -52,6 +60,7 @@ impl NodeView {
             network_conditions,
             own: None,
             object: None,
+            missing_schedulers: BTreeSet::new(),
         }
     }
 
@@ -85,9 +94,63 @@ impl NodeView {
         self.set_facts()
     }
 
+    /// Takes in what the operator decides now. How VIPs are bound stays as it is. Returns
+    /// what may have changed by it.
+    pub fn set_policy(&mut self, policy: Policy) -> Scope {
+        self.policy = Policy {
+            vip_binding: self.policy.vip_binding.clone(),
+            ..policy
+        };
+        let former = self.object.as_ref();
+        let (networks, conditions) = Networks::new(&self.cluster, &self.node, &self.policy, former);
+        self.networks = networks;
+        self.network_conditions = conditions;
+        self.set_facts()
+    }
+
     /// Takes in the host ports of an attachment; `None` is none. Returns what may have changed.
     pub fn set_host_ports(&mut self, attachment: &Attachment, ports: Option<PodPorts>) -> Scope {
         self.desired.set_host_ports(attachment, ports)
+    }
+
+    /// Notes that the kernel has no scheduler of this name: Services that ask for it
+    /// get round robin, and are told. Returns what may have changed by it.
+    pub fn note_missing_scheduler(&mut self, name: &str) -> Scope {
+        match Scheduler::known(name) {
+            // There is nothing to take in its place.
+            None | Some(Scheduler::RoundRobin) => return Scope::default(),
+            Some(scheduler) => self.missing_schedulers.insert(scheduler),
+        };
+        self.set_facts()
+    }
+
+    /// Forgets which schedulers the kernel lacked: modules may have come since.
+    pub fn forget_missing_schedulers(&mut self) -> Scope {
+        self.missing_schedulers.clear();
+        self.set_facts()
+    }
+
+    /// Lets what the kernel has in `scope` and nobody wants keep its connections; see
+    /// [`Desired::drain`].
+    pub fn drain(&mut self, observed: &Observed, scope: &Scope, now: Instant) {
+        self.desired.drain(observed, scope, now);
+    }
+
+    /// Ends the drains of which nothing is left to wait for, and returns them; see
+    /// [`Desired::look_at_drains`].
+    pub fn look_at_drains(
+        &mut self,
+        bound: Duration,
+        now: Instant,
+        is_gone: impl Fn(IpAddr) -> bool,
+    ) -> Vec<(Server, End)> {
+        self.desired
+            .look_at_drains(&self.cluster, bound, now, is_gone)
+    }
+
+    /// Ends a drain: the backend has no connections any more.
+    pub fn end_drain(&mut self, server: &Server) {
+        self.desired.end_drain(server);
     }
 
     fn set_facts(&mut self) -> Scope {
@@ -100,12 +163,28 @@ impl NodeView {
             .own
             .as_ref()
             .map(|own| own.iter().map(|address| address.ip).collect());
-        NodeFacts::new(
-            own.as_ref(),
-            self.object.as_ref(),
-            &self.policy,
-            &self.networks.node_pods,
-        )
+        NodeFacts {
+            missing_schedulers: self.missing_schedulers.clone(),
+            sources: self.sources(),
+            ..NodeFacts::new(
+                own.as_ref(),
+                self.object.as_ref(),
+                &self.policy,
+                &self.networks.node_pods,
+            )
+        }
+    }
+
+    /// By which addresses processes of the node call VIPs, where routes can say that.
+    fn sources(&self) -> BTreeMap<Family, IpAddr> {
+        if self.policy.vip_binding != VipBinding::Route {
+            return BTreeMap::new();
+        }
+        let own = self.own.as_deref().unwrap_or_default();
+        let object = self.object.as_ref();
+        let families = Family::ALL.into_iter();
+        let sources = families.map(|family| Some((family, node_address(own, object, family)?)));
+        sources.flatten().collect()
     }
 
     /// Name of the node.
@@ -147,6 +226,15 @@ impl NodeView {
             self.own.as_deref().unwrap_or_default(),
             self.object.as_ref(),
         )
+    }
+
+    /// The device whose link has this address, where the machine is known: the narrowest.
+    #[must_use]
+    pub fn device_towards(&self, ip: IpAddr) -> Option<&str> {
+        let own = self.own.iter().flatten();
+        let links = own.filter(|address| address.link.contains(ip));
+        let narrowest = links.max_by_key(|address| address.link.prefix())?;
+        Some(&narrowest.device)
     }
 
     /// Routes to other nodes' pods, and the Nodes to which there is none.

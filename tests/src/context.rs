@@ -10,12 +10,13 @@ use crate::netns::Netns;
 /// a Unix socket below it must fit 108 bytes.
 #[derive(Debug)]
 pub struct Context {
+    name: &'static str,
     folder: PathBuf,
     binaries: PathBuf,
 }
 
 impl Context {
-    pub(crate) fn new(folder: PathBuf) -> anyhow::Result<Self> {
+    pub(crate) fn new(name: &'static str, folder: PathBuf) -> anyhow::Result<Self> {
         let binaries = match std::env::var_os("FERRULE_BIN_DIR") {
             Some(folder) => PathBuf::from(folder),
             None => std::env::current_exe()?
@@ -23,7 +24,17 @@ impl Context {
                 .context("a program lies in a folder")?
                 .to_owned(),
         };
-        Ok(Self { folder, binaries })
+        Ok(Self {
+            name,
+            folder,
+            binaries,
+        })
+    }
+
+    /// The test's name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.name
     }
 
     /// The test's folder. Every `*.log` in it is shown when the test fails.

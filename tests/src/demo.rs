@@ -46,7 +46,7 @@ pub fn run(out: &mut impl Write) -> anyhow::Result<()> {
 }
 
 fn show(folder: &Path, teller: &mut Teller<'_, impl Write>) -> anyhow::Result<()> {
-    let context = Context::new(folder.to_owned())?;
+    let context = Context::new("demo", folder.to_owned())?;
     teller.title("Ferrule: from nothing to a balanced Service and back")?;
 
     teller.chapter("A node", "a network namespace with the agent in it")?;

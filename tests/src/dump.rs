@@ -126,6 +126,80 @@ pub fn addresses(namespace: &Netns) -> anyhow::Result<String> {
     Ok(format!("{device}\n{}\n", addresses.join("\n")))
 }
 
+/// All that binds VIPs: the VIP device as [`addresses`] has it, local routes of ours,
+/// and addresses of single hosts on other devices than that and the loopback device.
+///
+/// # Errors
+/// When `ip` fails.
+pub fn bindings(namespace: &Netns) -> anyhow::Result<String> {
+    let mut text = String::new();
+    if namespace.links()?.iter().any(|link| link == VIP_DEVICE) {
+        text.push_str(&addresses(namespace)?);
+    }
+    for route in vip_routes(namespace)? {
+        writeln!(text, "{route}")?;
+    }
+    for alias in aliases(namespace)? {
+        writeln!(text, "{alias}")?;
+    }
+    Ok(text)
+}
+
+/// Local routes of ours, IPv4 first, each as `10.96.0.1 dev lo src 192.0.2.1`.
+///
+/// # Errors
+/// When `ip` fails.
+pub fn vip_routes(namespace: &Netns) -> anyhow::Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for family in ["-4", "-6"] {
+        let mut arguments = vec!["-j", "-N", family, "route", "show"];
+        arguments.extend(["table", "255", "proto", "101"]);
+        let text = namespace.output("ip", &arguments)?;
+        let routes: Vec<Value> = serde_json::from_str(&text)?;
+        for route in &routes {
+            let mut line = word(&route["dst"]);
+            for (keyword, field) in [("dev", "dev"), ("src", "prefsrc")] {
+                if let Some(value) = route.get(field) {
+                    write!(line, " {keyword} {}", word(value))?;
+                }
+            }
+            lines.push(line);
+        }
+    }
+    Ok(lines)
+}
+
+/// Addresses of single hosts on devices that are not the VIP device or the loopback
+/// device, each as `10.96.0.1 dev eth0 scope host`, in order.
+///
+/// # Errors
+/// When `ip` fails.
+pub fn aliases(namespace: &Netns) -> anyhow::Result<Vec<String>> {
+    let text = namespace.output("ip", &["-j", "addr", "show"])?;
+    let devices: Vec<Value> = serde_json::from_str(&text)?;
+    let mut lines = Vec::new();
+    for device in &devices {
+        let name = word(&device["ifname"]);
+        if [VIP_DEVICE, "lo"].contains(&&*name) {
+            continue;
+        }
+        for address in device["addr_info"].as_array().into_iter().flatten() {
+            if address["prefixlen"] == 32 || address["prefixlen"] == 128 {
+                let mut line = format!("{} dev {name}", word(&address["local"]));
+                write!(line, " scope {}", word(&address["scope"]))?;
+                for flag in ["deprecated", "noprefixroute", "nodad", "tentative"] {
+                    if address.get(flag).is_some() {
+                        write!(line, " {flag}")?;
+                    }
+                }
+                lines.push(line);
+            }
+        }
+    }
+    lines.sort();
+    Ok(lines)
+}
+
 /// The addresses on the VIP device; none if there is no device.
 ///
 /// # Errors
@@ -201,6 +275,59 @@ pub fn nft(namespace: &Netns, table: &str) -> anyhow::Result<String> {
         }
     }
     Ok(lines)
+}
+
+/// What `nft -j list table inet NAME` says of sets and counters.
+#[derive(Debug)]
+pub struct Table(Vec<Value>);
+
+impl Table {
+    /// Lists it.
+    ///
+    /// # Errors
+    /// When there is no such table.
+    pub fn list(namespace: &Netns, name: &str) -> anyhow::Result<Self> {
+        let text = namespace.output("nft", &["-j", "list", "table", "inet", name])?;
+        let listing: Value = serde_json::from_str(&text)?;
+        let objects = listing["nftables"].as_array().cloned();
+        objects
+            .map(Self)
+            .with_context(|| format!("no nftables in {text}"))
+    }
+
+    /// Packets that a counter has counted.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn packets(&self, name: &str) -> anyhow::Result<u64> {
+        let counters = self.0.iter().filter_map(|object| object.get("counter"));
+        let mut named = counters.filter(|object| object["name"] == name);
+        let packets = named.next().and_then(|object| object["packets"].as_u64());
+        packets.with_context(|| format!("no counter {name}"))
+    }
+
+    /// The elements of its sets and maps, in order, each set with its name; those
+    /// without elements are left out.
+    ///
+    /// # Errors
+    /// Never, but writing to a text could.
+    pub fn sets(&self) -> anyhow::Result<String> {
+        let mut lines = String::new();
+        for object in &self.0 {
+            let set = ["set", "map"].iter().find_map(|kind| object.get(kind));
+            let elements = set.and_then(|set| Some((set, set["elem"].as_array()?)));
+            let Some((set, elements)) = elements else {
+                continue;
+            };
+            writeln!(lines, "{}", word(&set["name"]))?;
+            let mut elements: Vec<String> = elements.iter().map(Value::to_string).collect();
+            elements.sort();
+            for element in elements {
+                writeln!(lines, "  {element}")?;
+            }
+        }
+        Ok(lines)
+    }
 }
 
 fn normalise(value: &mut Value) {

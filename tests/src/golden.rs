@@ -1,6 +1,7 @@
 //! Comparison with files below `tests/golden`; `UPDATE_GOLDEN=1` writes them.
 
 use std::fs;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -11,11 +12,25 @@ use similar::TextDiff;
 /// # Errors
 /// When they differ, with the difference; when there is no such file.
 pub fn check(name: &str, actual: &str) -> anyhow::Result<()> {
-    let path = folder().join(name);
+    check_file(&folder().join(name), actual)
+}
+
+/// Compares `actual` with a file. Writing it prints what is new in it, to be read.
+///
+/// # Errors
+/// When they differ, with the difference; when there is no such file.
+pub fn check_file(path: &Path, actual: &str) -> anyhow::Result<()> {
+    let name = path.display();
     if std::env::var_os("UPDATE_GOLDEN").is_some_and(|value| value == "1") {
-        return fs::write(&path, actual).with_context(|| format!("write {}", path.display()));
+        let before = fs::read_to_string(path).unwrap_or_default();
+        if before != actual || !path.exists() {
+            let news = difference(&before, actual);
+            writeln!(io::stdout(), "{name} is written anew:\n{news}")?;
+            fs::write(path, actual).with_context(|| format!("write {name}"))?;
+        }
+        return Ok(());
     }
-    let expected = fs::read_to_string(&path)
+    let expected = fs::read_to_string(path)
         .with_context(|| format!("golden file {name}; UPDATE_GOLDEN=1 writes it\n{actual}"))?;
     if expected == actual {
         return Ok(());

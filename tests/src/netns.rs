@@ -31,6 +31,16 @@ impl Netns {
     /// # Errors
     /// Without root, or when the file exists.
     pub fn create(folder: &Path, name: &str) -> anyhow::Result<Self> {
+        let namespace = Self::bare(folder, name)?;
+        namespace.output("ip", &["link", "set", "lo", "up"])?;
+        Ok(namespace)
+    }
+
+    /// Likewise, with `lo` down.
+    ///
+    /// # Errors
+    /// Without root, or when the file exists.
+    pub fn bare(folder: &Path, name: &str) -> anyhow::Result<Self> {
         let path = folder.join(name);
         File::create_new(&path).with_context(|| format!("create {}", path.display()))?;
         let made = thread::scope(|scope| {
@@ -38,9 +48,7 @@ impl Netns {
                 .spawn(|| -> anyhow::Result<()> {
                     unshare_network()?;
                     mount_bind("/proc/thread-self/ns/net", &path)
-                        .with_context(|| format!("mount onto {}", path.display()))?;
-                    // The thread is in the namespace, and so is its child.
-                    check(Command::new("ip").args(["link", "set", "lo", "up"])).map(drop)
+                        .with_context(|| format!("mount onto {}", path.display()))
                 })
                 .join()
         });
@@ -93,7 +101,7 @@ impl Netns {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> anyhow::Result<JoinHandle<anyhow::Result<T>>> {
-        let file = self.open()?;
+        let file = self.file()?;
         Ok(thread::spawn(move || {
             move_into_link_name_space(
                 std::os::fd::AsFd::as_fd(&file),
@@ -143,13 +151,14 @@ impl Netns {
         self.run(own_links)
     }
 
-    fn open(&self) -> anyhow::Result<File> {
+    /// The namespace as an open file.
+    pub(crate) fn file(&self) -> anyhow::Result<File> {
         File::open(&self.path).with_context(|| format!("open {}", self.path.display()))
     }
 
     fn enter(&self) -> anyhow::Result<()> {
         move_into_link_name_space(
-            std::os::fd::AsFd::as_fd(&self.open()?),
+            std::os::fd::AsFd::as_fd(&self.file()?),
             Some(LinkNameSpaceType::Network),
         )
         .context("setns")

@@ -153,6 +153,18 @@ impl Node {
         Ok(())
     }
 
+    /// Has the agent read its configuration.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn hangup(&self) -> anyhow::Result<()> {
+        let mut running = self.agent();
+        running
+            .as_mut()
+            .context("the agent does not run")?
+            .signal(Signal::HUP)
+    }
+
     /// Ends the agent at whatever instruction it is.
     ///
     /// # Errors

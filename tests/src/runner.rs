@@ -187,7 +187,7 @@ fn run_one(test: &Test, folder: &Path) -> Outcome {
 /// `None` if it did not end in time.
 fn prepare_and_run(test: &Test, folder: &Path) -> anyhow::Result<Option<anyhow::Result<()>>> {
     fs::create_dir(folder)?;
-    let mut context = Context::new(folder.to_owned())?;
+    let mut context = Context::new(test.name, folder.to_owned())?;
     let (done, result) = mpsc::channel();
     let body = test.run;
     let thread = thread::Builder::new()

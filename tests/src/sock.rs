@@ -8,7 +8,7 @@
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,9 +38,12 @@ pub enum Transport {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP, one association to a socket. Its ends name all of their addresses unless
+    /// bound to one, and a NAT knows nothing of those.
+    Sctp,
 }
 
-/// Both of them.
+/// Those that every kernel has.
 pub const TRANSPORTS: [Transport; 2] = [Transport::Tcp, Transport::Udp];
 
 /// The wildcard address of each family.
@@ -172,23 +175,61 @@ fn new_socket(transport: Transport, address: SocketAddr) -> io::Result<Socket> {
     let (kind, protocol) = match transport {
         Transport::Tcp => (Type::STREAM, Protocol::TCP),
         Transport::Udp => (Type::DGRAM, Protocol::UDP),
+        Transport::Sctp => (Type::STREAM, Protocol::SCTP),
     };
     Socket::new(Domain::for_address(address), kind, Some(protocol))
 }
 
-/// A socket that may call `to`, from a port of its own if one is wanted. Several
-/// may share the port, to several targets.
-fn client_socket(transport: Transport, to: SocketAddr, port: Option<u16>) -> io::Result<Socket> {
+/// A socket that may call `to`, from an address or a port of its own if one is
+/// wanted. Several may share the port, to several targets.
+fn client_socket(transport: Transport, to: SocketAddr, from: Origin) -> io::Result<Socket> {
     let socket = new_socket(transport, to)?;
-    if let Some(port) = port {
+    if transport == Transport::Sctp {
+        hear_of_errors(&socket, to)?;
+    }
+    if from.port.is_some() || from.ip.is_some() {
         let any = match to {
             SocketAddr::V4(_) => WILDCARDS[0],
             SocketAddr::V6(_) => WILDCARDS[1],
         };
-        socket.set_reuse_address(true)?;
-        socket.bind(&SocketAddr::new(any, port).into())?;
+        let ip = from.ip.unwrap_or(any);
+        socket.set_reuse_address(from.port.is_some())?;
+        socket.bind(&SocketAddr::new(ip, from.port.unwrap_or(0)).into())?;
     }
     Ok(socket)
+}
+
+/// Makes "port unreachable" an error of the socket, which it is for TCP and UDP
+/// anyway: SCTP goes on sending unless asked (`sctp_v4_err` of the kernel).
+fn hear_of_errors(socket: &Socket, to: SocketAddr) -> io::Result<()> {
+    let (level, option) = match to {
+        SocketAddr::V4(_) => (libc::SOL_IP, libc::IP_RECVERR),
+        SocketAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_RECVERR),
+    };
+    let on: libc::c_int = 1;
+    let length = libc::socklen_t::try_from(size_of_val(&on)).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open, and the kernel reads an integer that outlives the call.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            std::ptr::from_ref(&on).cast(),
+            length,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// From where a client calls, as far as it chooses.
+#[derive(Clone, Copy, Debug, Default)]
+struct Origin {
+    ip: Option<IpAddr>,
+    port: Option<u16>,
 }
 
 fn listen(transport: Transport, address: SocketAddr) -> anyhow::Result<Listener> {
@@ -204,7 +245,7 @@ fn listen(transport: Transport, address: SocketAddr) -> anyhow::Result<Listener>
         .bind(&address.into())
         .with_context(|| format!("bind {address}"))?;
     Ok(match transport {
-        Transport::Tcp => {
+        Transport::Tcp | Transport::Sctp => {
             socket.listen(128)?;
             Listener::Tcp(socket.into(), Vec::new())
         }
@@ -300,6 +341,8 @@ pub struct Request {
     pub to: SocketAddr,
     /// What; servers remember it.
     pub word: String,
+    /// The address it is sent from; the kernel's choice if there is none.
+    pub local_ip: Option<IpAddr>,
     /// The port it is sent from; the kernel's choice if there is none.
     pub local_port: Option<u16>,
 }
@@ -314,7 +357,22 @@ impl Request {
             transport,
             to,
             word: format!("word-{number}"),
+            local_ip: None,
             local_port: None,
+        }
+    }
+
+    /// The same from an address of the client's choice.
+    #[must_use]
+    pub fn bound_to_ip(mut self, ip: Option<IpAddr>) -> Self {
+        self.local_ip = ip;
+        self
+    }
+
+    fn origin(&self) -> Origin {
+        Origin {
+            ip: self.local_ip,
+            port: self.local_port,
         }
     }
 
@@ -337,16 +395,18 @@ impl Request {
     /// Sends it from the calling thread's namespace.
     pub(crate) fn send_here(&self, limit: Duration) -> anyhow::Result<Outcome> {
         match self.transport {
-            Transport::Tcp => match Connection::open_here(self.to, self.local_port, limit) {
-                Ok(mut connection) => connection.ask(&self.word, limit),
-                Err(error) => outcome_of(error),
-            },
+            Transport::Tcp | Transport::Sctp => {
+                match Connection::open_here(self.transport, self.to, self.origin(), limit) {
+                    Ok(mut connection) => connection.ask(&self.word, limit),
+                    Err(error) => outcome_of(error),
+                }
+            }
             Transport::Udp => self.send_datagram(limit).or_else(outcome_of),
         }
     }
 
     fn send_datagram(&self, limit: Duration) -> io::Result<Outcome> {
-        let socket: UdpSocket = client_socket(self.transport, self.to, self.local_port)?.into();
+        let socket: UdpSocket = client_socket(self.transport, self.to, self.origin())?.into();
         // Connected, so that ICMP errors come back as errors.
         socket.connect(self.to)?;
         let end = Instant::now() + limit;
@@ -395,7 +455,7 @@ pub fn send_all(
     })
 }
 
-/// A TCP connection that stays open between questions.
+/// A TCP connection, or SCTP association, that stays open between questions.
 #[derive(Debug)]
 pub struct Connection {
     stream: TcpStream,
@@ -407,14 +467,27 @@ impl Connection {
     /// # Errors
     /// When it is refused or takes too long.
     pub fn open(from: &Netns, to: SocketAddr) -> anyhow::Result<Self> {
-        from.run(|| Self::open_here(to, None, ANSWER).with_context(|| format!("connect to {to}")))
+        from.run(|| Self::open_from_here(to))
     }
 
-    fn open_here(to: SocketAddr, port: Option<u16>, limit: Duration) -> io::Result<Self> {
-        let socket = client_socket(Transport::Tcp, to, port)?;
+    /// Connects from the calling thread's namespace.
+    pub(crate) fn open_from_here(to: SocketAddr) -> anyhow::Result<Self> {
+        Self::open_here(Transport::Tcp, to, Origin::default(), ANSWER)
+            .with_context(|| format!("connect to {to}"))
+    }
+
+    fn open_here(
+        transport: Transport,
+        to: SocketAddr,
+        from: Origin,
+        limit: Duration,
+    ) -> io::Result<Self> {
+        let socket = client_socket(transport, to, from)?;
         socket.connect_timeout(&to.into(), limit)?;
         let stream = TcpStream::from(socket);
-        stream.set_nodelay(true)?;
+        if transport == Transport::Tcp {
+            stream.set_nodelay(true)?;
+        }
         Ok(Self { stream })
     }
 

@@ -6,6 +6,7 @@
 use std::thread;
 
 use ferrule_datapath::{Settings, filter, probe};
+use ferrule_model::binding::VipBinding;
 use ferrule_model::names::IfName;
 use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
@@ -99,8 +100,43 @@ fn unseen(check: &'static str) -> Finding {
     Finding::new(check, Outcome::Warning, found, "run the check as root")
 }
 
+/// Whether VIPs can be bound as the configuration says, by names alone.
+pub(super) fn vip_device(settings: &Settings, binding: &VipBinding) -> Finding {
+    match binding {
+        VipBinding::Device(device) if *device == settings.vip_device => Finding::new(
+            DEVICE,
+            Outcome::Failed,
+            format!("vipDevice: {device} is the dummy device of vipBinding: address"),
+            "name a device of the node, or write vipBinding: address",
+        ),
+        VipBinding::Address | VipBinding::Route | VipBinding::Device(_) => {
+            Finding::ok(DEVICE, "as configured")
+        }
+    }
+}
+
 async fn device(settings: &Settings, harmless: bool) -> Finding {
     let name = &settings.vip_device;
+    let by_name = vip_device(settings, &settings.vip_binding);
+    match &settings.vip_binding {
+        _ if by_name.result != Outcome::Ok => return by_name,
+        VipBinding::Address => {}
+        VipBinding::Route => {
+            return Finding::ok(DEVICE, "none is needed: vipBinding is route");
+        }
+        VipBinding::Device(device) => {
+            return match probe::alias_device(device).await {
+                Ok(true) => Finding::ok(DEVICE, format!("{device} is there")),
+                Ok(false) => Finding::new(
+                    DEVICE,
+                    Outcome::Warning,
+                    format!("vipDevice: {device} is not there, and no VIP is bound before it is"),
+                    "correct the name, or make the device",
+                ),
+                Err(error) => Finding::of_error(DEVICE, Outcome::Failed, &error.to_string()),
+            };
+        }
+    }
     match probe::vip_device(name).await {
         Ok(true) => Finding::ok(DEVICE, format!("{name} is there")),
         Err(error) => Finding::of_error(DEVICE, Outcome::Failed, &error.to_string()),

@@ -7,6 +7,7 @@
 //! reason to end for `run`: it goes on with what works, and `status` names the rest.
 
 mod cni;
+mod configuration;
 mod features;
 mod folder;
 mod foreign;
@@ -21,10 +22,11 @@ mod sysctls;
 
 use std::process::ExitCode;
 
+pub(crate) use self::configuration::kubeconfig;
 pub(crate) use self::state::LEASE_FILE;
 use anyhow::bail;
 use ferrule_datapath::Settings;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::lock::Owned;
@@ -32,7 +34,6 @@ use crate::settings::{CheckSettings, RunSettings};
 use crate::source::Sources;
 use crate::source::kubernetes::chain;
 
-const CONFIGURATION: &str = "configuration";
 const AGENT: &str = "agent";
 
 /// Exit code when a check failed.
@@ -104,14 +105,24 @@ impl Finding {
     }
 }
 
-/// For `run`: reads the configuration and makes the checks without which it cannot
-/// go on. Nothing is changed.
+/// For `run`: reads the configuration, finds the node's name, and makes the checks without which
+/// it cannot go on. Nothing is changed.
 ///
 /// # Errors
 /// The first thing that keeps the agent from starting, with its remedy.
-pub(crate) fn before_start(settings: &RunSettings) -> anyhow::Result<Config> {
+pub(crate) fn before_start(settings: &RunSettings) -> anyhow::Result<(Config, String)> {
     let config = Config::read(settings.config.as_deref())?;
+    let name = config.node_name(settings.node.as_deref());
+    let name = name.map_err(anyhow::Error::msg)?;
+    for note in configuration::notes(settings, &config) {
+        info!("kube-proxy's configuration: {note}");
+    }
+    if let Some(fault) = configuration::kubeconfig_fault(settings, &config) {
+        bail!(fault);
+    }
+    let node: Settings = settings.node_settings.clone().into();
     let findings = [
+        features::vip_device(&node, &config.policy.vip_binding),
         rights::check(),
         kernel::version(),
         state::folder(&settings.state_dir),
@@ -124,7 +135,7 @@ pub(crate) fn before_start(settings: &RunSettings) -> anyhow::Result<Config> {
             Outcome::Failed => bail!("{}", finding.sentence()),
         }
     }
-    Ok(config)
+    Ok((config, name))
 }
 
 /// The command `check`. `sources` are those that `run` would follow with a configuration.
@@ -154,7 +165,12 @@ async fn everything(
     sources: impl Fn(&Config) -> Sources,
 ) -> Vec<Finding> {
     let run = &settings.run;
-    let node: Settings = run.node_settings.clone().into();
+    let mut node: Settings = run.node_settings.clone().into();
+    let config = Config::read(run.config.as_deref());
+    if let Ok(config) = &config {
+        node.vip_binding = config.policy.vip_binding.clone();
+        node.excluded.clone_from(&config.kube_proxy.excluded);
+    }
     let mut findings = vec![rights::check(), kernel::version()];
     if settings.load_modules {
         ferrule_datapath::modules::load().await;
@@ -164,31 +180,25 @@ async fn everything(
     let harmless = modules.asking_is_harmless || settings.load_modules;
     findings.push(features::program(&node).await);
     findings.extend(features::kernel(&node, harmless).await);
-    findings.extend(sysctls::check(&node.sysctl_root));
+    findings.extend(sysctls::check(&node.sysctls.root));
     findings.push(state::folder(&run.state_dir));
     findings.extend(state::lease_file(&run.state_dir));
     findings.push(socket::check_beside_an_agent(&run.socket));
     findings.push(agent(&node));
-    match Config::read(run.config.as_deref()) {
+    match config {
         Ok(config) => {
-            findings.push(Finding::ok(CONFIGURATION, configuration(run)));
-            findings.extend(sources::check(&sources(&config), &run.node, &config).await);
+            findings.extend(configuration::findings(run, &config));
+            if let Ok(name) = config.node_name(run.node.as_deref())
+                && configuration::kubeconfig_fault(run, &config).is_none()
+            {
+                findings.extend(sources::check(&sources(&config), &name, &config).await);
+            }
         }
-        Err(error) => {
-            let words = chain(&error);
-            findings.push(Finding::of_error(CONFIGURATION, Outcome::Failed, &words));
-        }
+        Err(error) => findings.push(configuration::unreadable(&chain(&error))),
     }
     findings.extend(cni::check(&settings.cni_bin_dir, &settings.cni_conf_dir).await);
     findings.extend(foreign::check(&node).await);
     findings
-}
-
-fn configuration(settings: &RunSettings) -> String {
-    match &settings.config {
-        None => "none is given; everything has its default".to_owned(),
-        Some(path) => format!("{} is valid", path.display()),
-    }
 }
 
 /// Whether an agent owns the table or the device. It does no harm if it is the one

@@ -164,15 +164,20 @@ pub(crate) fn read(path: &Path) -> Result<Option<Contents>, FileError> {
         path: path.to_owned(),
         words,
     };
-    let mut file = match File::open(path) {
-        Ok(file) => file,
+    // Before it is opened: a pipe in its place would keep us waiting for a writer.
+    let metadata = match fs::metadata(path) {
+        Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(disk("open it")(error)),
     };
-    let metadata = file.metadata().map_err(disk("open it"))?;
-    if !metadata.is_file() {
+    if metadata.is_dir() {
         return Err(disk("open it")(Errno::ISDIR.into()));
     }
+    if !metadata.is_file() {
+        let words = "it is a pipe, a socket or a device";
+        return Err(disk("open it")(io::Error::other(words)));
+    }
+    let mut file = File::open(path).map_err(disk("open it"))?;
     if metadata.len() > MAX_SIZE {
         return Err(damaged(format!("it has {} bytes", metadata.len())));
     }

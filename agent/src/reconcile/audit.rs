@@ -10,9 +10,12 @@
 use std::ops::Bound;
 use std::time::{Duration, Instant};
 
-use ferrule_model::address::FrontendAddr;
+use ferrule_datapath::modules;
+use ferrule_model::binding::{Binding, VipBinding};
 use ferrule_model::observed::Observed;
-use ferrule_model::service::VirtualService;
+use ferrule_model::service::{ServiceKey, VirtualService};
+
+use tracing::{info, warn};
 
 use super::Reconciler;
 use super::difference::{Difference, filter_words};
@@ -44,7 +47,7 @@ pub(super) struct Audit {
     allowance: f64,
     last_tick: Instant,
     /// The last virtual service whose real servers were compared.
-    cursor: Option<FrontendAddr>,
+    cursor: Option<ServiceKey>,
     round_began: Instant,
     /// Time that one virtual service takes, in seconds, as a moving average.
     cost: f64,
@@ -109,7 +112,7 @@ impl Audit {
     }
 
     /// The virtual service whose turn it is. `None` at the end of a round.
-    pub(super) fn next_service(&mut self, observed: &Observed) -> Option<FrontendAddr> {
+    pub(super) fn next_service(&mut self, observed: &Observed) -> Option<ServiceKey> {
         let after = self.cursor.map_or(Bound::Unbounded, Bound::Excluded);
         let next = observed
             .services
@@ -178,9 +181,20 @@ impl Reconciler {
     async fn audit_once(&mut self) -> Result<(), String> {
         self.audit_filter().await?;
         if self.audit.services_are_due() {
+            self.look_for_schedulers();
             self.audit_services().await?;
         }
         self.audit_servers().await
+    }
+
+    /// A scheduler that the kernel lacked may have been loaded since.
+    fn look_for_schedulers(&mut self) {
+        let facts = self.view.desired().facts();
+        let mut missing = facts.missing_schedulers.iter();
+        if missing.any(|scheduler| modules::is_loaded(&format!("ip_vs_{scheduler}"))) {
+            let scope = self.view.forget_missing_schedulers();
+            self.dirty.merge(scope);
+        }
     }
 
     async fn audit_filter(&mut self) -> Result<(), String> {
@@ -215,11 +229,7 @@ impl Reconciler {
         self.audit.filter_done(began);
         let mut difference = Difference::default();
         difference.filter(observed, &found);
-        observed.guarded = found.guarded;
-        observed.allowed = found.allowed;
-        observed.external = found.external;
-        observed.preserved = found.preserved;
-        observed.hairpins = found.hairpins;
+        observed.take_filter(found);
         self.note_drift(difference);
         Ok(())
     }
@@ -293,7 +303,30 @@ impl Reconciler {
         Ok(())
     }
 
-    pub(super) async fn audit_device(&mut self) -> Result<(), String> {
+    /// Where VIPs are bound otherwise now, the device goes with the last of them.
+    pub(super) async fn remove_unused_device(&mut self) {
+        let knows_all = self.knows_all();
+        let (Some(kernel), Some(observed)) = (&mut self.kernel, &self.observed) else {
+            return;
+        };
+        let unneeded = self.settings.vip_binding != VipBinding::Address;
+        let used = || {
+            observed
+                .bound
+                .iter()
+                .any(|(_, way)| *way == Binding::Address)
+        };
+        if !unneeded || !knows_all || kernel.device_index().is_none() || used() {
+            return;
+        }
+        match kernel.remove_unused_device().await {
+            Ok(true) => info!(device = %self.settings.vip_device, "removed, no VIP needs it"),
+            Ok(false) => {}
+            Err(error) => warn!(%error, "an unused device stays"),
+        }
+    }
+
+    pub(super) async fn audit_bindings(&mut self) -> Result<(), String> {
         let (Some(kernel), Some(observed)) = (&mut self.kernel, &mut self.observed) else {
             return Ok(());
         };
@@ -302,7 +335,7 @@ impl Reconciler {
             self.drifts.note("device", &[words]);
         }
         let found = Observed {
-            bound: kernel.observe_vips().await.map_err(|e| e.to_string())?,
+            bound: kernel.observe_bindings().await.map_err(|e| e.to_string())?,
             ..Observed::default()
         };
         let mut difference = Difference::default();
@@ -316,7 +349,7 @@ impl Reconciler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferrule_model::address::Protocol;
+    use ferrule_model::address::{FrontendAddr, Protocol};
 
     fn addr(n: u8) -> FrontendAddr {
         FrontendAddr::new([10, 96, 0, n].into(), 80, Protocol::Tcp)
@@ -326,7 +359,9 @@ mod tests {
     fn rounds_visit_every_service_once() {
         let mut observed = Observed::default();
         for n in [1, 2, 3] {
-            observed.services.insert(addr(n), VirtualService::default());
+            observed
+                .services
+                .insert(addr(n).into(), VirtualService::default());
         }
         let mut audit = Audit::new(0.3);
         for round in 1..=2_u64 {
@@ -335,13 +370,13 @@ mod tests {
                 visited.push(next);
                 audit.spent(Instant::now());
             }
-            assert_eq!(visited, [addr(1), addr(2), addr(3)]);
+            assert_eq!(visited, [1, 2, 3].map(|n| addr(n).into()));
             assert_eq!(audit.rounds, round);
         }
         // One that vanishes while it is its turn is no obstacle.
         audit.next_service(&observed);
-        observed.services.remove(&addr(1));
-        assert_eq!(audit.next_service(&observed), Some(addr(2)));
+        observed.services.remove(&addr(1).into());
+        assert_eq!(audit.next_service(&observed), Some(addr(2).into()));
     }
 
     #[test]

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ferrule_datapath::FilterDrift;
 use ferrule_model::address::FrontendAddr;
+use ferrule_model::binding::Binding;
 use ferrule_model::desired::Scope;
 use ferrule_model::observed::Observed;
-use ferrule_model::service::VirtualService;
+use ferrule_model::service::{Mark, ServiceKey, VirtualService};
 use tracing::warn;
 
 use super::faults::now;
@@ -69,14 +70,24 @@ impl Difference {
         difference
     }
 
-    /// Compares addresses on the VIP device.
+    /// Compares bindings of VIPs.
     pub(super) fn vips(&mut self, believed: &Observed, found: &Observed) {
-        for ip in believed.bound.difference(&found.bound) {
-            self.say("address", format!("VIP {ip} was gone from its device"));
+        for (ip, binding) in believed.bound.difference(&found.bound) {
+            let words = match binding {
+                Binding::Address => format!("VIP {ip} was gone from its device"),
+                Binding::Route { .. } => format!("the {binding} of VIP {ip} was gone"),
+                Binding::Alias { device } => format!("VIP {ip} was gone from {device}"),
+            };
+            self.say("address", words);
             self.scope.vips.insert(*ip);
         }
-        for ip in found.bound.difference(&believed.bound) {
-            self.say("address", format!("address {ip} was put on the VIP device"));
+        for (ip, binding) in found.bound.difference(&believed.bound) {
+            let words = match binding {
+                Binding::Address => format!("address {ip} was put on the VIP device"),
+                Binding::Route { .. } => format!("a {binding} to {ip} was made"),
+                Binding::Alias { device } => format!("address {ip} was put on {device}"),
+            };
+            self.say("address", words);
             self.scope.vips.insert(*ip);
         }
     }
@@ -85,6 +96,7 @@ impl Difference {
     pub(super) fn filter(&mut self, believed: &Observed, found: &Observed) {
         for (set, believed, found) in [
             ("vips", &believed.guarded, &found.guarded),
+            ("silent", &believed.silent, &found.silent),
             ("hairpins", &believed.hairpins, &found.hairpins),
         ] {
             for (ip, what) in differing(believed, found) {
@@ -97,16 +109,50 @@ impl Difference {
             ("frontends", &believed.allowed, &found.allowed),
             ("external", &believed.external, &found.external),
             ("preserved", &believed.preserved, &found.preserved),
+            ("dropped", &believed.dropped, &found.dropped),
+            ("leaving", &believed.leaving, &found.leaving),
+            ("limited", &believed.limited, &found.limited),
+            ("served", &believed.served, &found.served),
         ] {
             for (addr, what) in differing(believed, found) {
                 self.say("filter", format!("element {addr} of set {set} was {what}"));
                 self.scope.insert(addr);
             }
         }
+        self.admitted(believed, found);
+        self.marks(believed, found);
+    }
+
+    /// Compares who may call the frontends that are limited.
+    fn admitted(&mut self, believed: &Observed, found: &Observed) {
+        let nobody = BTreeSet::new();
+        let keys = believed.admitted.keys().chain(found.admitted.keys());
+        for addr in keys.collect::<BTreeSet<_>>() {
+            let of = |observed: &'_ Observed| observed.admitted.get(addr).cloned();
+            let (before, now) = (of(believed), of(found));
+            let before = before.as_ref().unwrap_or(&nobody);
+            for (network, what) in differing(before, now.as_ref().unwrap_or(&nobody)) {
+                let words = format!("element {network} . {addr} of set admitted was {what}");
+                self.say("filter", words);
+                self.scope.insert(*addr);
+            }
+        }
+    }
+
+    fn marks(&mut self, believed: &Observed, found: &Observed) {
+        let pairs = |observed: &Observed| -> BTreeSet<(FrontendAddr, Mark)> {
+            let marks = observed.marks.iter();
+            marks.map(|(addr, mark)| (*addr, *mark)).collect()
+        };
+        for ((addr, mark), what) in differing(&pairs(believed), &pairs(found)) {
+            let words = format!("element {addr} : {mark:#x} of map marks was {what}");
+            self.say("filter", words);
+            self.scope.insert(addr);
+        }
     }
 
     fn services(&mut self, believed: &Observed, found: &Observed) {
-        let keys: BTreeSet<&FrontendAddr> = believed
+        let keys: BTreeSet<&ServiceKey> = believed
             .services
             .keys()
             .chain(found.services.keys())
@@ -119,7 +165,7 @@ impl Difference {
     /// Compares one virtual service with its real servers.
     pub(super) fn service(
         &mut self,
-        addr: &FrontendAddr,
+        addr: &ServiceKey,
         believed: Option<&VirtualService>,
         found: Option<&VirtualService>,
     ) {
@@ -150,10 +196,10 @@ impl Difference {
                 self.servers(addr, believed, found);
             }
         }
-        self.scope.insert(*addr);
+        self.scope.insert_service(*addr);
     }
 
-    fn servers(&mut self, addr: &FrontendAddr, believed: &VirtualService, found: &VirtualService) {
+    fn servers(&mut self, addr: &ServiceKey, believed: &VirtualService, found: &VirtualService) {
         for (backend, weight) in &believed.servers {
             match found.servers.get(backend) {
                 None => self.say(
@@ -216,11 +262,11 @@ mod tests {
             ..VirtualService::default()
         };
         let mut believed = Observed::default();
-        believed.services.insert(addr(1), service(1));
-        believed.services.insert(addr(2), service(1));
-        believed.bound.insert(addr(1).ip);
+        believed.services.insert(addr(1).into(), service(1));
+        believed.services.insert(addr(2).into(), service(1));
+        believed.bind(addr(1).ip, Binding::Address);
         let mut found = Observed::default();
-        found.services.insert(addr(1), service(7));
+        found.services.insert(addr(1).into(), service(7));
         found.external.insert(addr(3));
         let difference = Difference::of(&believed, &found);
         let words: Vec<&str> = difference.words.values().flatten().map(|w| &**w).collect();

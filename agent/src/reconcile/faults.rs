@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use ferrule_api::status::Problem;
 use ferrule_model::address::FrontendAddr;
+use ferrule_model::service::ServiceKey;
 use ipnetwork::IpNetwork;
 use rustix::io::Errno;
 
@@ -16,6 +17,8 @@ pub(crate) enum About {
     Kernel,
     /// Rules of source NAT.
     SourceNat,
+    /// IPVS's time-outs.
+    Timeouts,
     /// News of devices, addresses and routes.
     Monitor,
     /// Addresses of this machine.
@@ -24,6 +27,8 @@ pub(crate) enum About {
     Routes,
     /// A step about a frontend.
     Frontend(FrontendAddr),
+    /// A step about a virtual service by mark.
+    Marked(ServiceKey),
     /// A step about an address.
     Address(IpAddr),
     /// A route.

@@ -86,7 +86,7 @@ impl Reconciler {
     }
 
     fn warn_of_chosen_ports(&self, ports: &PodPorts) {
-        let root = &self.settings.sysctl_root;
+        let root = &self.settings.sysctls.root;
         for port in &ports.ports {
             if may_be_chosen(root, port.host_port) {
                 warn!(
@@ -142,7 +142,7 @@ impl Reconciler {
         };
         observed.external.contains(addr)
             && observed.preserved.contains(addr)
-            && observed.services.get(addr) == frontend.virtual_service().as_ref()
+            && observed.serves(&(*addr).into(), frontend.virtual_service().as_ref())
     }
 
     /// Whether it is known, although not everything is, that what the change

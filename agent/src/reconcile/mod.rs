@@ -9,17 +9,23 @@
 //! what others changed.
 
 mod audit;
+mod configure;
 mod difference;
+mod drains;
 mod faults;
+mod health_checks;
 mod host_ports;
 mod network;
+mod progress;
 mod report;
+mod trace;
+mod tuning;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferrule_api::status::LastChange;
+use ferrule_api::status::{LastChange, Problem};
 use ferrule_datapath::modules::Missing;
 use ferrule_datapath::{ChangeError, Node, Settings, apply};
 use ferrule_model::address::{Family, FrontendAddr};
@@ -31,20 +37,26 @@ use ferrule_model::diff::{diff, everything};
 use ferrule_model::ipam::PodRange;
 use ferrule_model::names::ObjectName;
 use ferrule_model::observed::Observed;
+use ferrule_model::service::ServiceKey;
 use ferrule_model::view::NodeView;
+use rustix::io::Errno;
 use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tracing::{debug, error, info, warn};
 
 use self::audit::Audit;
 use self::difference::{Difference, Drifts};
+use self::drains::Drains;
 pub(crate) use self::faults::now;
 use self::faults::{About, Faults, remedy, with_remedy};
+use self::health_checks::HealthChecks;
 pub(crate) use self::host_ports::PortsFault;
 use self::network::Network;
 pub(crate) use self::report::{Asker, Query};
 use crate::config::Config;
+use crate::events::Events;
 use crate::pods::Pods;
+use crate::programming::Programming;
 use crate::source::Update;
 
 /// Pause before a failed change is tried again: doubles from the first to the second.
@@ -82,12 +94,23 @@ pub(crate) struct Reconciler {
     said_of_nodes: BTreeSet<Condition>,
     audit: Audit,
     drifts: Drifts,
+    drains: Drains,
     source: report::Source,
+    /// What is wrong with the configuration file.
+    of_config: Option<Problem>,
+    /// What is wrong with pods' addresses, since when.
+    of_pods: Vec<Problem>,
     statistics: report::Statistics,
     /// Pods that are being added and wait for their host ports.
     waiting_pods: Vec<host_ports::Waiting>,
     /// Keys that were host ports while not everything was known.
     freed: BTreeSet<FrontendAddr>,
+    health_checks: HealthChecks,
+    events: Events,
+    /// Kernel settings that the configuration asks for.
+    tunings: tuning::Tunings,
+    /// For whoever asks how far everything has come.
+    programming: Arc<Programming>,
 }
 
 impl Reconciler {
@@ -97,10 +120,17 @@ impl Reconciler {
         config: &Config,
         pods: Arc<Pods>,
         source: String,
+        events: Events,
+        programming: Arc<Programming>,
     ) -> Self {
+        let vip_binding = config.policy.vip_binding.clone();
         Self {
-            network: Network::new(settings.vip_device.to_string()),
-            settings,
+            network: Network::new(settings.vip_device.to_string(), &vip_binding),
+            settings: Settings {
+                vip_binding,
+                excluded: config.kube_proxy.excluded.clone(),
+                ..settings
+            },
             pods,
             view: NodeView::new(node_name, config.policy.clone()),
             complete: false,
@@ -120,10 +150,17 @@ impl Reconciler {
             said_of_nodes: BTreeSet::new(),
             audit: Audit::new(config.audit_budget),
             drifts: Drifts::default(),
+            drains: Drains::new(config.drain_timeout),
             source: report::Source::new(source),
+            of_config: None,
+            of_pods: Vec::new(),
             statistics: report::Statistics::default(),
             waiting_pods: Vec::new(),
             freed: BTreeSet::new(),
+            health_checks: HealthChecks::new(),
+            events,
+            tunings: tuning::Tunings::new(&config.kube_proxy),
+            programming,
         }
     }
 
@@ -135,16 +172,22 @@ impl Reconciler {
     ) {
         // Listening begins before the first look, so that nothing falls in between.
         self.network.open(&mut self.faults);
+        self.health_checks.serve();
         let mut told = false;
         let host_ports = self.pods.leases().host_port_news();
         loop {
             self.look_at_network().await;
             self.take_host_ports();
             if told {
+                let pass = self.begin_pass();
                 self.reconcile().await;
+                self.end_pass(&pass);
+                self.keep_drains().await;
                 self.answer_waiting_pods();
                 self.audit_if_due().await;
+                self.tell_health_checks();
             }
+            self.note_pods();
             let wake = self.wake_at(told);
             tokio::select! {
                 update = updates.recv() => {
@@ -176,7 +219,8 @@ impl Reconciler {
 
     /// When there is something to do without news.
     fn wake_at(&self, told: bool) -> Instant {
-        if told && !self.dirty.is_empty() && self.retry_at.is_none() {
+        let work = !self.dirty.is_empty() || (self.knows_all() && self.drains.is_busy());
+        if told && work && self.retry_at.is_none() {
             return Instant::now();
         }
         let times = [self.retry_at, self.network.wake_at(told)];
@@ -185,15 +229,20 @@ impl Reconciler {
     }
 
     /// Takes facts in; the kernel is not touched.
-    fn take(&mut self, update: Update) {
+    fn take(&mut self, mut update: Update) {
+        let triggers = self.note_update(&mut update);
         if !update.events.is_empty() {
             self.source.last_event = Some(now());
             self.pending_since = self.pending_since.or(Some(update.seen));
         }
         let (scope, touched) = self.view.take(update.events);
+        if !touched.services.is_empty() || !touched.nodes.is_empty() {
+            self.drains.look_soon();
+        }
+        self.note_touched(&touched, triggers);
         self.dirty.merge(scope);
         if let Some(report) = update.report {
-            self.source.report = report;
+            self.source.take(report);
         }
         if !touched.nodes.is_empty() {
             self.network.routes_are_suspect();
@@ -206,6 +255,10 @@ impl Reconciler {
             info!(source = self.source.name, "everything was read");
             self.complete = true;
             self.network.routes_are_suspect();
+            // Before that, what is wrong may only seem so.
+            for condition in self.said.values().flatten() {
+                self.events.tell(condition);
+            }
             self.freed.clear();
             if let Some(observed) = &self.observed {
                 self.dirty.merge(everything(self.view.desired(), observed));
@@ -242,6 +295,9 @@ impl Reconciler {
         }
         for condition in news {
             warn!(object = %condition.object, reason = %condition.reason, "{}", condition.message);
+            if self.complete {
+                self.events.tell(&condition);
+            }
         }
     }
 
@@ -300,11 +356,13 @@ impl Reconciler {
         } else {
             self.carry_out(&changes).await;
         }
+        self.remove_unused_device().await;
     }
 
     /// What lies between what is and what should be, at the addresses that may differ.
     fn changes(&mut self) -> Vec<Change> {
         let scope = std::mem::take(&mut self.dirty);
+        self.drain(&scope);
         let Some(observed) = &self.observed else {
             return Vec::new();
         };
@@ -314,6 +372,7 @@ impl Reconciler {
         self.faults.clear_if(|about| {
             let looked_at = match about {
                 About::Frontend(addr) => scope.frontends.contains(&addr),
+                About::Marked(key) => scope.marked.contains(&key),
                 About::Address(ip) => scope.vips.contains(&ip) || scope.hairpins.contains(&ip),
                 _ => false,
             };
@@ -354,9 +413,14 @@ impl Reconciler {
             if self.settings.load_modules {
                 self.missing.load().await;
             }
+            self.tunings.set_sysctls(&self.settings.sysctls);
             let nat = self.view.source_nat();
             match Node::open(self.settings.clone(), nat, !self.knows_all()).await {
-                Ok(kernel) => self.kernel = Some(kernel),
+                Ok(kernel) => {
+                    self.tunings.read_record(&self.settings.sysctls);
+                    self.set_timeouts(&kernel).await;
+                    self.kernel = Some(kernel);
+                }
                 Err(error) => {
                     let words =
                         "services cannot be programmed; pods get their addresses all the same";
@@ -372,7 +436,7 @@ impl Reconciler {
             Ok(observed) => {
                 info!(
                     services = observed.services.len(),
-                    vips = observed.bound.len(),
+                    vips = observed.bound_vips().count(),
                     "the kernel's state was adopted"
                 );
                 self.dirty.merge(everything(self.view.desired(), &observed));
@@ -454,6 +518,7 @@ impl Reconciler {
         };
         let start = Instant::now();
         let applied = apply(kernel, changes).await;
+        self.note_leaving(&applied.done, &observed);
         for change in &applied.done {
             observed.record(change);
         }
@@ -512,7 +577,16 @@ impl Reconciler {
             .frontend()
             .and_then(|addr| self.view.desired().frontend(&addr))
             .map(Frontend::object);
-        let object = holder.unwrap_or_else(|| format!("address {}", change.ip()));
+        let marked = || {
+            let ServiceKey::Mark { mark, .. } = change.service()? else {
+                return None;
+            };
+            let holder = self.view.desired().mark_holder(mark)?;
+            Some(format!("Service {}", holder.service))
+        };
+        let address = || change.ip().map(|ip| format!("address {ip}"));
+        let object = holder.or_else(marked).or_else(address);
+        let object = object.unwrap_or_else(|| change.to_string());
         let scheduler = match change {
             Change::AddService(_, how) | Change::UpdateService(_, how) => {
                 Some(how.scheduler.name().to_owned())
@@ -520,23 +594,27 @@ impl Reconciler {
             _ => None,
         };
         let words = format!("cannot {change}: {error}");
+        if let (Some(Errno::NOENT), Some(scheduler)) = (error.errno(), &scheduler) {
+            let scope = self.view.note_missing_scheduler(scheduler);
+            self.dirty.merge(scope);
+        }
         let remedy = remedy(error.errno(), scheduler.as_deref());
         self.note_fault(about(change), &object, &words, &remedy);
     }
 
     /// Looks at what events say has changed: the VIP device, addresses, routes.
     async fn look_at_network(&mut self) {
-        let device = self.kernel.as_ref().map(Node::device_index);
+        let device = self.kernel.as_ref().and_then(Node::device_index);
         self.network.judge(device, self.observed.as_ref());
-        if self.network.device_is_suspect()
-            && let Err(error) = self.audit_device().await
+        if self.network.bindings_are_suspect()
+            && let Err(error) = self.audit_bindings().await
         {
             self.kernel = None;
             self.observed = None;
-            self.kernel_fault(&error, "the VIP device cannot be had");
+            self.kernel_fault(&error, "VIPs cannot be bound");
         }
         let was_known = self.network.is_known();
-        let device = self.kernel.as_ref().map(Node::device_index).or(device);
+        let device = self.kernel.as_ref().and_then(Node::device_index).or(device);
         if let Some(own) = self.network.addresses(device, &mut self.faults).await {
             self.dirty.merge(self.view.set_own(own));
             self.network.routes_are_suspect();
@@ -561,9 +639,12 @@ impl Reconciler {
 
 /// Whom a fault of a change is filed under.
 fn about(change: &Change) -> About {
-    change
-        .frontend()
-        .map_or(About::Address(change.ip()), About::Frontend)
+    match (change.service(), change.frontend(), change.ip()) {
+        (_, Some(frontend), _) => About::Frontend(frontend),
+        (Some(key), None, _) => About::Marked(key),
+        (None, None, Some(ip)) => About::Address(ip),
+        (None, None, None) => About::Kernel,
+    }
 }
 
 /// Whether a change takes something away that may still be wanted.
@@ -573,19 +654,32 @@ fn removes(change: &Change) -> bool {
         | Change::DisallowFrontend(_)
         | Change::RemoveExternal(_)
         | Change::RemovePreserved(_)
-        | Change::UnbindVip(_)
+        | Change::RemoveDropped(_)
+        | Change::AddLeaving(_)
+        | Change::RemoveLeaving(_)
+        | Change::RemoveServed(_)
+        | Change::UnbindVip(..)
+        | Change::UnsilenceVip(_)
         | Change::UnguardVip(_)
         | Change::RemoveServer(..)
         | Change::RemoveHairpin(_) => true,
+        Change::SetMark(_, from, _) => from.is_some(),
+        Change::Restrict(_, how) => !how.dismiss.is_empty() || how.limit == Some(false),
+        Change::UpdateServer(_, _, weight) => *weight == 0,
         Change::GuardVip(_)
-        | Change::BindVip(_)
+        | Change::SilenceVip(_)
+        | Change::BindVip(..)
+        | Change::RebindVip(..)
+        // It is bound otherwise.
+        | Change::ReleaseVip(..)
         | Change::AllowFrontend(_)
         | Change::AddExternal(_)
         | Change::AddPreserved(_)
+        | Change::AddDropped(_)
+        | Change::AddServed(_)
         | Change::AddHairpin(_)
         | Change::AddService(..)
         | Change::UpdateService(..)
-        | Change::AddServer(..)
-        | Change::UpdateServer(..) => false,
+        | Change::AddServer(..) => false,
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ferrule_datapath::Error;
 use ferrule_datapath::news::{News, Watch};
 use ferrule_datapath::routes::{MachineAddress, RouteTable, Routes};
+use ferrule_model::binding::{Binding, VipBinding};
 use ferrule_model::condition::{Condition, Reason};
 use ferrule_model::kube::Kind;
 use ferrule_model::network::cluster_object;
@@ -31,11 +32,12 @@ const RETRY: Duration = Duration::from_secs(5);
 /// What is known of devices, addresses and routes.
 pub(super) struct Network {
     vip_device: String,
+    binding: VipBinding,
     watch: Option<Watch>,
     /// Events that were not judged yet.
     inbox: Vec<News>,
     socket: Option<Routes>,
-    device_suspect: bool,
+    bindings_suspect: bool,
     addresses_suspect: bool,
     routes_suspect: bool,
     next_look: Instant,
@@ -47,13 +49,14 @@ pub(super) struct Network {
 }
 
 impl Network {
-    pub(super) fn new(vip_device: String) -> Self {
+    pub(super) fn new(vip_device: String, binding: &VipBinding) -> Self {
         Self {
             vip_device,
+            binding: binding.clone(),
             watch: None,
             inbox: Vec::new(),
             socket: None,
-            device_suspect: false,
+            bindings_suspect: false,
             addresses_suspect: true,
             routes_suspect: true,
             next_look: Instant::now(),
@@ -118,7 +121,7 @@ impl Network {
         for news in std::mem::take(&mut self.inbox) {
             match news {
                 News::Lost => {
-                    self.device_suspect = true;
+                    self.bindings_suspect = true;
                     self.addresses_suspect = true;
                     self.routes_suspect = true;
                 }
@@ -126,23 +129,51 @@ impl Network {
                     let is_device = Some(index) == device;
                     if is_device || name.as_ref() == Some(&self.vip_device) {
                         let renamed = name.is_some_and(|name| name != self.vip_device);
-                        self.device_suspect |= gone || !is_device || renamed;
+                        self.bindings_suspect |= gone || !is_device || renamed;
                     } else if name.is_none_or(|name| !is_of_a_pod(&name)) {
                         // The routes over a device that goes down vanish without an event of
                         // their own.
                         self.addresses_suspect = true;
                         self.routes_suspect = true;
+                        // So do local routes with the loopback device, and addresses with theirs.
+                        self.bindings_suspect |= self.binding != VipBinding::Address;
                     }
                 }
-                News::Address { index, ip, present } if Some(index) == device => {
+                News::Address {
+                    index, ip, present, ..
+                } if Some(index) == device => {
                     let link_local =
                         matches!(ip, Some(IpAddr::V6(ip)) if ip.is_unicast_link_local());
                     let believed = observed
                         .zip(ip)
-                        .is_some_and(|(observed, ip)| observed.bound.contains(&ip));
-                    self.device_suspect |= believed != present && !link_local;
+                        .is_some_and(|(observed, ip)| observed.is_bound_as(ip, &Binding::Address));
+                    self.bindings_suspect |= believed != present && !link_local;
                 }
-                News::Address { .. } => self.addresses_suspect = true,
+                News::Address {
+                    ip,
+                    present,
+                    alias: true,
+                    ..
+                } => {
+                    let is_alias = |binding: &Binding| matches!(binding, Binding::Alias { .. });
+                    let believed = observed
+                        .zip(ip)
+                        .is_some_and(|(observed, ip)| observed.bindings(ip).any(is_alias));
+                    self.bindings_suspect |= believed != present;
+                }
+                News::Address { ip, .. } => {
+                    self.addresses_suspect = true;
+                    self.bindings_suspect |= ip.is_some_and(|ip| self.is_source(ip));
+                }
+                News::VipRoute {
+                    ip,
+                    binding,
+                    present,
+                } => {
+                    let believed =
+                        observed.is_some_and(|observed| observed.is_bound_as(ip, &binding));
+                    self.bindings_suspect |= believed != present;
+                }
                 News::Route {
                     destination,
                     ours,
@@ -164,10 +195,16 @@ impl Network {
         }
     }
 
-    /// Whether the VIP device or its addresses may be otherwise than believed.
-    /// Asked once, the suspicion is over.
-    pub(super) fn device_is_suspect(&mut self) -> bool {
-        std::mem::take(&mut self.device_suspect)
+    /// Whether local routes may have it as their source. With an address that goes the
+    /// kernel removes, or changes, the routes that name it, and many kernels do not say so.
+    fn is_source(&self, ip: IpAddr) -> bool {
+        let own = self.own.iter().flatten();
+        self.binding == VipBinding::Route && own.map(|address| address.ip).any(|own| own == ip)
+    }
+
+    /// Whether VIPs may be bound otherwise than believed. Asked once, the suspicion is over.
+    pub(super) fn bindings_are_suspect(&mut self) -> bool {
+        std::mem::take(&mut self.bindings_suspect)
     }
 
     /// Nodes, addresses or routes changed.

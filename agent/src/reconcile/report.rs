@@ -6,10 +6,11 @@
 //! a bounded time ([`Asker`]): a pass over tens of thousands of Services takes
 //! a while, and then the last status has to do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use ferrule_api::TraceRequest;
 use ferrule_api::status::{
     self, Drift, FrontendRow, FrontendRows, Health, MAX_LISTED, MAX_ROWS, ObjectCondition, Packets,
     PodStatus, Problem, Programmed, SocketStatus, SourceStatus, Status, cut,
@@ -20,12 +21,15 @@ use ferrule_model::condition::Condition;
 use ferrule_model::desired::{Action, Frontend, FrontendKind};
 use ferrule_model::names::{Attachment, ObjectName};
 use ferrule_model::plan::ConditionRow;
+use ferrule_model::service::ServiceKey;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::Reconciler;
 use super::faults::{now, with_remedy};
 use super::host_ports;
+use super::trace::TraceReply;
+use crate::config::Config;
 use crate::source::{Report, Trouble};
 
 /// How long an answer may take before an older one is given.
@@ -36,6 +40,9 @@ const HOST_PORTS: Duration = Duration::from_secs(10);
 
 /// How long statistics of virtual services serve for the further parts of a listing.
 const FRESH: Duration = Duration::from_secs(10);
+
+/// What problems of pods' interfaces are about.
+const INTERFACES: &str = "pods' interfaces";
 
 /// Separates the parts of a cursor; less than any character of a name, so that
 /// cursors are ordered as the rows are.
@@ -51,6 +58,10 @@ pub(crate) enum Query {
     Status(oneshot::Sender<Box<Status>>),
     /// A part of the list of frontends, behind a cursor.
     Frontends(Option<String>, oneshot::Sender<FrontendRows>),
+    /// What becomes of a packet.
+    Trace(Box<TraceRequest>, oneshot::Sender<TraceReply>),
+    /// Another configuration, or why the file is none.
+    Configure(Result<Box<Config>, String>),
     /// Whether the host ports of a lease can be had; answered when the kernel has them.
     HostPorts(Attachment, host_ports::Reply),
 }
@@ -101,9 +112,20 @@ impl Asker {
         Some(status)
     }
 
+    /// Hands over what was read of the configuration file.
+    pub(crate) async fn configure(&self, read: Result<Box<Config>, String>) {
+        // Who is gone takes nothing.
+        let _gone = self.queries.send(Query::Configure(read)).await;
+    }
+
     /// A part of the list of frontends; `None` without an answer in time.
     pub(crate) async fn frontends(&self, after: Option<String>) -> Option<FrontendRows> {
         self.ask(|reply| Query::Frontends(after, reply)).await
+    }
+
+    /// What becomes of a packet; `None` without an answer in time.
+    pub(crate) async fn trace(&self, asked: Box<TraceRequest>) -> Option<TraceReply> {
+        self.ask(|reply| Query::Trace(asked, reply)).await
     }
 
     /// Has the host ports of a lease brought into the kernel; `None` without an
@@ -138,51 +160,51 @@ impl Asker {
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) name: String,
-    pub(super) report: Report,
     pub(super) last_event: Option<u64>,
+    report: Report,
     started: u64,
-    /// Since when each problem of the report stands.
-    since: BTreeMap<String, u64>,
 }
 
 impl Source {
     pub(super) fn new(name: String) -> Self {
         Self {
             name,
-            report: Report::default(),
             last_event: None,
+            report: Report::default(),
             started: now(),
-            since: BTreeMap::new(),
         }
     }
 
-    fn problems(&mut self, complete: bool) -> Vec<Problem> {
-        let mut troubles = self.report.troubles.clone();
-        if !complete {
-            troubles.push(Trouble {
-                object: self.name.clone(),
-                problem: "not everything could be read yet: nothing is removed from the kernel"
-                    .to_owned(),
-                remedy: "see the problems of the source; it goes on by itself when they are over"
-                    .to_owned(),
-                since: None,
-            });
+    /// Takes in what is wrong now. What was told before in the same words stands since then.
+    pub(super) fn take(&mut self, mut report: Report) {
+        let words = |trouble: &Trouble| (trouble.object.clone(), trouble.problem.clone());
+        let before = std::mem::take(&mut self.report.troubles).into_iter();
+        let before: BTreeMap<_, _> = before.map(|old| (words(&old), old.since)).collect();
+        for trouble in &mut report.troubles {
+            let told = before.get(&words(trouble)).copied().flatten();
+            trouble.since = trouble.since.or(told).or_else(|| Some(now()));
         }
-        let before = std::mem::take(&mut self.since);
-        let in_full = troubles.into_iter().map(|trouble| {
-            let key = format!("{} {}", trouble.object, trouble.problem);
-            let told = before.get(&key).copied();
-            let since = trouble.since.or(told).unwrap_or_else(now);
-            self.since.insert(key, since);
-            Problem {
-                object: trouble.object,
-                problem: trouble.problem,
-                remedy: trouble.remedy,
-                since,
-                attempts: 0,
-            }
+        self.report = report;
+    }
+
+    fn problems(&self, complete: bool) -> Vec<Problem> {
+        let troubles = self.report.troubles.iter().map(|trouble| Problem {
+            object: trouble.object.clone(),
+            problem: trouble.problem.clone(),
+            remedy: trouble.remedy.clone(),
+            since: trouble.since.unwrap_or(self.started),
+            attempts: 0,
         });
-        in_full.collect()
+        let incomplete = (!complete).then(|| Problem {
+            object: self.name.clone(),
+            problem: "not everything could be read yet: nothing is removed from the kernel"
+                .to_owned(),
+            remedy: "see the problems of the source; it goes on by itself when they are over"
+                .to_owned(),
+            since: self.started,
+            attempts: 0,
+        });
+        troubles.chain(incomplete).collect()
     }
 }
 
@@ -190,7 +212,7 @@ impl Source {
 #[derive(Debug, Default)]
 pub(super) struct Statistics {
     read: Option<Instant>,
-    of: BTreeMap<FrontendAddr, Stats>,
+    of: BTreeMap<ServiceKey, Stats>,
 }
 
 impl Reconciler {
@@ -203,6 +225,10 @@ impl Reconciler {
             Query::Frontends(after, reply) => {
                 let _gave_up = reply.send(self.frontends(after).await);
             }
+            Query::Trace(asked, reply) => {
+                let _gave_up = reply.send(self.trace(&asked).await);
+            }
+            Query::Configure(read) => self.configure(read).await,
             Query::HostPorts(attachment, reply) => self.claim_host_ports(attachment, reply),
         }
     }
@@ -210,10 +236,21 @@ impl Reconciler {
     async fn status(&mut self) -> Status {
         let mut problems: Vec<Problem> = self.faults.problems().collect();
         problems.extend(self.source.problems(self.complete));
-        problems.extend(self.pool_problems());
-        problems.extend(self.lease_problem());
-        problems.extend(self.look_problem());
-        problems.extend(self.loose_problem());
+        problems.extend(self.health_checks.problems());
+        problems.extend(self.events.problem());
+        problems.extend(self.of_config.clone());
+        let leases = self.pods.leases().trouble();
+        let looks = self.pods.look_trouble();
+        problems.extend(leases.map(|trouble| {
+            let about = "no address can be leased or released";
+            Self::of_pods("leases", about, &trouble)
+        }));
+        problems.extend(looks.map(|trouble| {
+            let about = "cannot be compared with the leases";
+            Self::of_pods(INTERFACES, about, &trouble)
+        }));
+        self.note_pods();
+        problems.extend(self.of_pods.iter().cloned());
         let problem_count = problems.len();
         problems.truncate(MAX_LISTED);
         for problem in &mut problems {
@@ -239,6 +276,7 @@ impl Reconciler {
                 ranges: self.pods.leases().usage(),
                 tidied: self.pods.tidied(),
             },
+            draining: self.draining(),
             drift: Drift {
                 repaired: self
                     .drifts
@@ -252,7 +290,9 @@ impl Reconciler {
             audit: self.audit_status(),
             packets: self.packets().await,
             failed_operations: self.faults.failed(),
+            events: self.events.tally().counts(),
             socket: SocketStatus::default(),
+            sysctls: self.tunings.status(),
             problems,
             problem_count,
             conditions,
@@ -287,11 +327,12 @@ impl Reconciler {
             pending: self.dirty.len() + self.waiting.len(),
             ..Programmed::default()
         };
-        let mut services = std::collections::BTreeSet::new();
+        let mut services = BTreeSet::new();
         for (_, frontend) in desired.frontends() {
             programmed.frontends += 1;
             match frontend.action() {
                 Action::Reject => programmed.rejecting += 1,
+                Action::Drop => programmed.dropping += 1,
                 Action::Balance => {}
             }
             match frontend.kind {
@@ -300,17 +341,42 @@ impl Reconciler {
                     continue;
                 }
                 FrontendKind::NodePort => programmed.node_ports += 1,
-                FrontendKind::ClusterIP => {}
+                FrontendKind::ClusterIP | FrontendKind::ExternalIP | FrontendKind::LoadBalancer => {
+                }
             }
             services.insert(&frontend.holder);
         }
         programmed.services = services.len();
+        programmed.no_local_endpoints = self.no_local_endpoints();
         if let Some(observed) = &self.observed {
-            programmed.vips = observed.bound.len();
+            programmed.vips = observed.bound_vips().count();
             programmed.virtual_services = observed.services.len();
             programmed.real_servers = observed.services.values().map(|s| s.servers.len()).sum();
         }
         programmed
+    }
+
+    /// Service ports whose policy Local has nobody to send to here, by the policy.
+    fn no_local_endpoints(&self) -> BTreeMap<String, u64> {
+        let (mut internal, mut external) = (BTreeSet::new(), BTreeSet::new());
+        for (_, frontend) in self.view.desired().frontends() {
+            if frontend.action() != Action::Drop {
+                continue;
+            }
+            let ports = match frontend.kind {
+                FrontendKind::ClusterIP => &mut internal,
+                FrontendKind::NodePort | FrontendKind::ExternalIP | FrontendKind::LoadBalancer => {
+                    &mut external
+                }
+                FrontendKind::HostPort => continue,
+            };
+            ports.insert((&frontend.holder, &frontend.port_name));
+        }
+        let counts = [("internal", internal.len()), ("external", external.len())];
+        let counts = counts.into_iter();
+        counts
+            .map(|(policy, count)| (policy.to_owned(), u64::try_from(count).unwrap_or(u64::MAX)))
+            .collect()
     }
 
     fn audit_status(&self) -> status::Audit {
@@ -344,6 +410,7 @@ impl Reconciler {
             found.collect()
         };
         packets.counters = take(&counters::REFUSED);
+        packets.counters.extend(take(&counters::DROPPED));
         packets.masqueraded = take(&counters::MASQUERADED);
         packets
     }
@@ -364,30 +431,30 @@ impl Reconciler {
         .collect()
     }
 
-    /// Pods can neither come nor go in order while the disk refuses.
-    fn lease_problem(&self) -> Option<Problem> {
-        let trouble = self.pods.leases().trouble()?;
+    /// Pods can neither come nor go in order while the disk refuses; and what is left
+    /// behind stays while the interfaces cannot be looked at.
+    fn of_pods(object: &str, about: &str, trouble: &crate::leases::Trouble) -> Problem {
         let (problem, remedy) = with_remedy(&trouble.words);
-        Some(Problem {
-            object: "leases".to_owned(),
-            problem: format!("no address can be leased or released: {problem}"),
+        Problem {
+            object: object.to_owned(),
+            problem: format!("{about}: {problem}"),
             remedy,
             since: trouble.since,
             attempts: trouble.attempts,
-        })
+        }
     }
 
-    /// What is left behind stays, and before the first look nobody gets an address.
-    fn look_problem(&self) -> Option<Problem> {
-        let trouble = self.pods.look_trouble()?;
-        let (problem, remedy) = with_remedy(&trouble.words);
-        Some(Problem {
-            object: "pods' interfaces".to_owned(),
-            problem: format!("cannot be compared with the leases: {problem}"),
-            remedy,
-            since: trouble.since,
-            attempts: trouble.attempts,
-        })
+    /// Looks what is wrong with pods' addresses: done after each pass, so that it is
+    /// known since when.
+    pub(super) fn note_pods(&mut self) {
+        let before = std::mem::take(&mut self.of_pods);
+        let mut problems = self.pool_problems();
+        problems.extend(self.loose_problem());
+        for problem in &mut problems {
+            let told = before.iter().find(|told| told.object == problem.object);
+            problem.since = told.map_or(problem.since, |told| told.since);
+        }
+        self.of_pods = problems;
     }
 
     /// Those pods work, but nobody knows whose they are.
@@ -395,7 +462,7 @@ impl Reconciler {
         let withheld = self.pods.withheld();
         let (ip, interface) = withheld.first_key_value()?;
         Some(Problem {
-            object: "pods' interfaces".to_owned(),
+            object: INTERFACES.to_owned(),
             problem: format!(
                 "{} addresses are in use by interfaces that cannot be given a lease (the first: {ip} at {interface}): no other pod gets them",
                 withheld.len()
@@ -486,22 +553,19 @@ impl Reconciler {
     }
 
     fn frontend_row(&self, addr: FrontendAddr, frontend: &Frontend) -> FrontendRow {
-        let statistics = self.statistics.of.get(&addr).copied().unwrap_or_default();
+        let key = addr.into();
+        let statistics = self.statistics.of.get(&key).copied().unwrap_or_default();
         let wanted = frontend.virtual_service();
-        let present = self.observed.as_ref().map(|o| o.services.get(&addr));
+        let observed = self.observed.as_ref();
         FrontendRow {
             service: frontend.holder.to_string(),
             port: frontend.port_name.clone(),
             kind: frontend.kind.to_string(),
             address: addr.to_string(),
-            action: match frontend.action() {
-                Action::Balance => "balance",
-                Action::Reject => "reject",
-            }
-            .to_owned(),
+            action: frontend.action().name().to_owned(),
             scheduler: frontend.scheduling.scheduler.name().to_owned(),
             backends: frontend.backends.len(),
-            programmed: present == Some(wanted.as_ref()),
+            programmed: observed.is_some_and(|o| o.serves(&key, wanted.as_ref())),
             connections: statistics.connections,
             packets_in: statistics.packets_in,
             packets_out: statistics.packets_out,

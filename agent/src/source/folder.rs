@@ -98,6 +98,19 @@ impl Folder {
         Ok(self.scan_files(tree.manifests, |_| false))
     }
 
+    /// Likewise, also where it is a single file and no folder.
+    ///
+    /// # Errors
+    /// When the folder itself cannot be listed, or the file not be looked at.
+    pub(crate) fn scan_once_or_file(&mut self) -> io::Result<Scan> {
+        if self.root.is_dir() || !self.root.exists() {
+            return self.scan_once();
+        }
+        let tree = Tree::of_file(&self.root)?;
+        self.leave_out(&tree);
+        Ok(self.scan_files(tree.manifests, |_| false))
+    }
+
     fn leave_out(&mut self, tree: &Tree) {
         let closed = tree.closed.iter().map(|(path, error)| {
             let words = format!("cannot be listed: {error}; make the folder readable");

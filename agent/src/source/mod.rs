@@ -38,14 +38,11 @@ pub(crate) struct Sources {
 }
 
 impl Sources {
-    /// Begins to follow them. Returns their name in words, what they tell, and
-    /// the task that ends when one of them does.
+    /// Begins to follow them.
     ///
     /// # Errors
     /// When the cluster cannot be followed whatever happens, with a remedy.
-    pub(crate) async fn follow(
-        self,
-    ) -> Result<(String, mpsc::Receiver<Update>, JoinHandle<()>), String> {
+    pub(crate) async fn follow(self) -> Result<Followed, String> {
         let folder = |root: PathBuf| {
             let name = format!("manifests in {}", root.display());
             let (sender, updates) = mpsc::channel(UPDATES);
@@ -53,14 +50,26 @@ impl Sources {
         };
         let Some(credentials) = self.credentials else {
             let root = self.manifests.ok_or("neither manifests nor a cluster")?;
-            return Ok(folder(root));
+            let (name, updates, task) = folder(root);
+            return Ok(Followed {
+                name,
+                updates,
+                task,
+                servers: None,
+            });
         };
         let servers = Servers::open(&credentials, &self.api_servers).await?;
         let name = format!("Kubernetes API {}", servers.addresses());
         let (sender, updates) = mpsc::channel(UPDATES);
-        let task = tokio::spawn(kubernetes::run(servers, sender));
+        let task = tokio::spawn(kubernetes::run(servers.clone(), sender));
+        let servers = Some(servers);
         let Some(root) = self.manifests else {
-            return Ok((name, updates, task));
+            return Ok(Followed {
+                name,
+                updates,
+                task,
+                servers,
+            });
         };
         let (static_name, static_updates, static_task) = folder(root);
         let (sender, both) = mpsc::channel(UPDATES);
@@ -72,8 +81,25 @@ impl Sources {
                 _ended = static_task => {}
             }
         });
-        Ok((format!("{name} and {static_name}"), both, task))
+        Ok(Followed {
+            name: format!("{name} and {static_name}"),
+            updates: both,
+            task,
+            servers,
+        })
     }
+}
+
+/// Sources that are followed.
+pub(crate) struct Followed {
+    /// Their name in words.
+    pub(crate) name: String,
+    /// What they tell.
+    pub(crate) updates: mpsc::Receiver<Update>,
+    /// Ends when one of them does.
+    pub(crate) task: JoinHandle<()>,
+    /// The cluster's API servers, if one of them is a cluster.
+    pub(crate) servers: Option<Servers>,
 }
 
 /// What a source tells at a time.

@@ -87,6 +87,16 @@ impl Tree {
         Ok(tree)
     }
 
+    /// A single file, whatever it is called.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub(super) fn of_file(path: &Path) -> io::Result<Self> {
+        let mut tree = Self::default();
+        tree.take_file(path.to_owned())?;
+        Ok(tree)
+    }
+
     /// A link that leads nowhere has the stamp of the link: it is a manifest that
     /// cannot be read, and not one that was removed.
     fn take_file(&mut self, path: PathBuf) -> io::Result<()> {

@@ -468,6 +468,12 @@ impl de::Error for Fault {
 }
 
 fn one_of(known: &[&str]) -> String {
+    // The empty text may stand for the default, but nobody is told to write it.
+    let known: Vec<_> = known
+        .iter()
+        .filter(|name| !name.is_empty())
+        .copied()
+        .collect();
     format!("one of {}", known.join(", "))
 }
 

@@ -112,7 +112,7 @@ impl Row for FrontendRow {
     fn style(&self, palette: &Palette) -> Style {
         if !self.programmed {
             palette.bad
-        } else if self.action == "reject" {
+        } else if self.action != "balance" {
             palette.warning
         } else {
             Style::new()

@@ -39,7 +39,7 @@ const DEFAULT_WIDTH: usize = 100;
 
 /// Why nothing can be shown.
 #[derive(Debug, thiserror::Error)]
-enum StatusError {
+pub(crate) enum StatusError {
     #[error("{}", no_answer(socket, source))]
     NoAnswer {
         socket: PathBuf,
@@ -169,13 +169,13 @@ fn pretty<T: Serialize>(value: &T) -> Result<String, StatusError> {
 }
 
 /// A connection to the agent that names its socket in errors.
-struct Agent<'a> {
+pub(crate) struct Agent<'a> {
     socket: &'a Path,
     client: Client,
 }
 
 impl<'a> Agent<'a> {
-    fn connect(socket: &'a Path) -> Result<Self, StatusError> {
+    pub(crate) fn connect(socket: &'a Path) -> Result<Self, StatusError> {
         let client = Client::connect(socket, PATIENCE).map_err(|source| StatusError::NoAnswer {
             socket: socket.to_owned(),
             source,
@@ -183,7 +183,7 @@ impl<'a> Agent<'a> {
         Ok(Self { socket, client })
     }
 
-    fn ask(&mut self, call: Call) -> Result<Answer, StatusError> {
+    pub(crate) fn ask(&mut self, call: Call) -> Result<Answer, StatusError> {
         match self.client.call(call) {
             Ok(Answer::Error(source)) => Err(StatusError::Refused {
                 socket: self.socket.to_owned(),

@@ -7,7 +7,7 @@ use expect_test::expect;
 use ferrule_api::FrameError;
 use ferrule_api::status::{
     Audit, Drift, LastChange, ObjectCondition, Packets, PodStatus, Problem, Programmed,
-    RangeStatus, SourceStatus,
+    RangeStatus, SourceStatus, SysctlStatus,
 };
 use ferrule_model::condition::Reason;
 use serde_json::Value;
@@ -57,6 +57,7 @@ fn healthy() -> Status {
             services: 42,
             frontends: 118,
             rejecting: 0,
+            dropping: 0,
             vips: 84,
             node_ports: 34,
             host_ports: 2,
@@ -65,6 +66,7 @@ fn healthy() -> Status {
             routes: 4,
             node_addresses: vec!["192.0.2.7".to_owned(), "2001:db8::7".to_owned()],
             pending: 0,
+            no_local_endpoints: counted(&[("internal", 0), ("external", 0)]),
         },
         last_change: Some(LastChange {
             at: NOW - 250,
@@ -94,8 +96,11 @@ fn healthy() -> Status {
             services_at: Some(NOW - 12),
             filter_at: Some(NOW - 12),
         },
+        draining: ferrule_api::status::Draining::default(),
         failed_operations: 0,
+        events: BTreeMap::new(),
         socket: ferrule_api::status::SocketStatus::default(),
+        sysctls: Vec::new(),
         packets: Packets {
             counters: counted(&[("refusedTcp", 32), ("refusedOther", 0)]),
             masqueraded: counted(&[("hairpin", 4), ("podEgress", 90_210), ("viaVip", 0)]),
@@ -144,6 +149,13 @@ fn broken() -> Status {
         last: Some("route 10.244.2.0/24 was gone".to_owned()),
         last_at: Some(NOW - 95),
     };
+    status.draining = ferrule_api::status::Draining {
+        backends: 3,
+        oldest: Some(95.0),
+        bound: 600.0,
+        failed: 2,
+        ..ferrule_api::status::Draining::default()
+    };
     status.audit.rounds = 0;
     status.audit.last_round = None;
     status.audit.round_estimate = None;
@@ -172,8 +184,11 @@ fn bare() -> Status {
         pods: PodStatus::default(),
         drift: Drift::default(),
         audit: Audit::default(),
+        draining: ferrule_api::status::Draining::default(),
         failed_operations: 0,
+        events: BTreeMap::new(),
         socket: ferrule_api::status::SocketStatus::default(),
+        sysctls: Vec::new(),
         packets: Packets::default(),
         started: NOW,
         ..healthy()
@@ -233,6 +248,9 @@ fn a_broken_node() {
                      10.244.1.0/24: 253 used, 0 free
                      fd00:10:244:1::/64: 61 used, 65472 free
                      leases without a pod that ended: 2 since the agent started
+        draining     3 leaving backends with old connections, the oldest for 1 min 35 s; 10 min after the
+                     last sight of one they end
+                     flows to backends that are gone could not be looked for 2 times
         drift        3 repaired: route 1, server 2
                      last 1 min 35 s ago: route 10.244.2.0/24 was gone
         audit        round 1: 40 of 118 virtual services compared at 0.3 % of a core
@@ -305,6 +323,12 @@ fn a_narrow_terminal_wraps_and_indents() {
                      65472 free
                      leases without a pod that ended:
                      2 since the agent started
+        draining     3 leaving backends with old
+                     connections, the oldest for 1 min
+                     35 s; 10 min after the last sight
+                     of one they end
+                     flows to backends that are gone
+                     could not be looked for 2 times
         drift        3 repaired: route 1, server 2
                      last 1 min 35 s ago: route
                      10.244.2.0/24 was gone
@@ -486,5 +510,31 @@ fn without_an_answer_the_remedy_is_named() {
     for (error, words) in cases {
         let said = no_answer(socket, &error);
         assert!(said.starts_with(words), "{said}");
+    }
+}
+
+#[test]
+fn sysctls_are_told_with_what_was_there_before() {
+    let mut status = healthy();
+    let sysctl = |name: &str, before: &str, problem: Option<&str>| SysctlStatus {
+        name: name.to_owned(),
+        before: Some(before.to_owned()),
+        value: "2".to_owned(),
+        problem: problem.map(str::to_owned),
+    };
+    status.sysctls = vec![
+        sysctl("net.ipv4.conf.all.arp_announce", "0", None),
+        sysctl(
+            "net.netfilter.nf_conntrack_max",
+            "1",
+            Some("Permission denied"),
+        ),
+    ];
+    let text = text::render(&status, &WIDE);
+    for words in [
+        "1 set: net.ipv4.conf.all.arp_announce 2 (was 0)",
+        "net.netfilter.nf_conntrack_max not set to 2, stays 1: Permission denied",
+    ] {
+        assert!(text.contains(words), "{text}");
     }
 }

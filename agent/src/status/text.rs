@@ -6,8 +6,8 @@
 
 use anstyle::{AnsiColor, Style};
 use ferrule_api::status::{
-    Audit, Drift, Health, ObjectCondition, Packets, PodStatus, Problem, Programmed, SourceStatus,
-    Status,
+    Audit, Draining, Drift, Health, ObjectCondition, Packets, PodStatus, Problem, Programmed,
+    SourceStatus, Status, SysctlStatus,
 };
 use textwrap::{Options, WordSplitter};
 
@@ -91,9 +91,11 @@ pub(super) fn render(status: &Status, look: &Look) -> String {
     page.entry("programmed", &programmed(&status.programmed));
     page.entry("last change", &last_change(status));
     page.entry("pods", &pods(&status.pods));
+    page.entry("draining", &draining(&status.draining));
     page.entry("drift", &drift(&status.drift, status.now));
     page.entry("audit", &audit(&status.audit, status.now));
     page.entry("packets", &packets(&status.packets));
+    page.entry("sysctls", &sysctls(&status.sysctls));
     page.entry(
         "conditions",
         &conditions(&status.conditions, status.condition_count),
@@ -282,9 +284,17 @@ fn programmed(programmed: &Programmed) -> Vec<Paragraph> {
         (programmed.frontends, "frontend"),
     ])
     .join(", ");
-    let rejecting = match programmed.rejecting {
-        0 => String::new(),
-        rejecting => format!(" ({rejecting} without endpoints, refused)"),
+    let refused: Vec<String> = [
+        (programmed.rejecting, "without endpoints, refused"),
+        (programmed.dropping, "without endpoints here, dropped"),
+    ]
+    .into_iter()
+    .filter(|(number, _)| *number > 0)
+    .map(|(number, words)| format!("{number} {words}"))
+    .collect();
+    let refused = match refused.as_slice() {
+        [] => String::new(),
+        some => format!(" ({})", some.join("; ")),
     };
     let kernel = counts(&[
         (programmed.virtual_services, "virtual service"),
@@ -298,7 +308,7 @@ fn programmed(programmed: &Programmed) -> Vec<Paragraph> {
         number => format!("{} on host ports of pods", count(number, "frontend")),
     };
     let lines = [
-        services + &rejecting,
+        services + &refused,
         kernel,
         node_ports(programmed),
         host_ports,
@@ -390,6 +400,30 @@ const TIDIED: [(&str, &str); 5] = [
     ),
 ];
 
+fn draining(draining: &Draining) -> Vec<Paragraph> {
+    let mut value = Vec::new();
+    if draining.backends > 0 {
+        let oldest = draining
+            .oldest
+            .map(|oldest| format!(", the oldest for {}", short_span(oldest)))
+            .unwrap_or_default();
+        let text = format!(
+            "{} with old connections{oldest}; {} after the last sight of one they end",
+            count(draining.backends, "leaving backend"),
+            short_span(draining.bound),
+        );
+        value.push(text.into());
+    }
+    if draining.failed > 0 {
+        let text = format!(
+            "flows to backends that are gone could not be looked for {} times",
+            draining.failed
+        );
+        value.push(Paragraph::warning(text));
+    }
+    value
+}
+
 fn drift(drift: &Drift, now: u64) -> Vec<Paragraph> {
     let total = drift
         .repaired
@@ -458,6 +492,29 @@ fn packets(packets: &Packets) -> Vec<Paragraph> {
     }
     if !masqueraded.is_empty() {
         value.push(format!("masqueraded: {}", masqueraded.join(", ")).into());
+    }
+    value
+}
+
+fn sysctls(sysctls: &[SysctlStatus]) -> Vec<Paragraph> {
+    let mut set = Vec::new();
+    let mut value = Vec::new();
+    for sysctl in sysctls {
+        let before = sysctl.before.as_deref().map(plain);
+        let (name, to) = (&sysctl.name, plain(&sysctl.value));
+        match (&sysctl.problem, before) {
+            (None, None) => set.push(format!("{name} {to}")),
+            (None, Some(before)) => set.push(format!("{name} {to} (was {before})")),
+            (Some(problem), before) => {
+                let stays = before.map_or_else(String::new, |before| format!(", stays {before}"));
+                let problem = plain(problem);
+                let text = format!("{name} not set to {to}{stays}: {problem}");
+                value.push(Paragraph::warning(text));
+            }
+        }
+    }
+    if !set.is_empty() {
+        value.insert(0, format!("{} set: {}", set.len(), set.join(", ")).into());
     }
     value
 }

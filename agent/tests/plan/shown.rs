@@ -2,6 +2,11 @@
 
 use super::*;
 
+use ferrule_model::kube::{
+    FLAGS_ANNOTATIONS, SCHEDULER_ANNOTATIONS, WEIGHT_ANNOTATION, WEIGHTS_ANNOTATION,
+};
+use ferrule_model::service::Scheduler;
+
 /// Names and texts that would move a cursor, and one that would break a line.
 const HOSTILE: &str = r#"
 apiVersion: v1
@@ -165,6 +170,7 @@ fn a_difference_for_people() {
             service: default/moved -> default/mover
             port: none -> http
             action: reject -> balance
+            affinity: 10800 s -> none
             masquerade: none -> hairpin
             + backend 10.244.1.9:80 (terminating), weight 1, on this node
         ~ default/web ClusterIP 10.96.0.10:80/TCP
@@ -177,7 +183,6 @@ fn a_difference_for_people() {
             + backend 192.0.2.77:8080, weight 1, not on this node
         - Service default/gone: DuplicateObject: metadata.name: the object is defined more than once, the last definition in path order that can be read counts, in more.yaml; remove the others
         - Service default/moved: DuplicateObject: metadata.name: the object is defined more than once, the last definition in path order that can be read counts, in more.yaml; remove the others
-        - Service default/moved: Unsupported: spec.sessionAffinity: connections are spread without affinity by this version; the rest of the Service is served, do without the field or give the Service to another proxy
     "]].assert_eq(stdout(&output));
     let output = plan(dir.path(), &["--diff", "manifests", "-o", "table"]);
     expect![[r"
@@ -269,6 +274,8 @@ fn the_documentation_has_every_reason() {
 #[test]
 fn the_documentation_has_every_field_of_the_configuration() {
     let text = doc("configuration.md");
+    // Behind that are the fields of kube-proxy's file.
+    let (text, _) = text.split_once("\n## kube-proxy's file").unwrap();
     let dir = folder(&[("node.yaml", NODE)]);
     // What is not known is refused with a list of what is.
     let head = "apiVersion: ferrule.io/v1alpha1\nkind: AgentConfiguration\n";
@@ -280,7 +287,7 @@ fn the_documentation_has_every_field_of_the_configuration() {
     let (_, known) = stderr(&output).split_once("expected one of ").unwrap();
     let known: BTreeSet<&str> = known.trim_end().split(", ").collect();
     assert!(known.contains("auditBudgetPercent"), "{output:?}");
-    let listed: BTreeSet<&str> = first_cells(&text).into_iter().collect();
+    let listed: BTreeSet<&str> = first_cells(text).into_iter().collect();
     assert_eq!(listed, known);
     // The example is one, and uses all of them.
     let (_, example) = text.split_once("```yaml\n").unwrap();
@@ -294,4 +301,22 @@ fn the_documentation_has_every_field_of_the_configuration() {
     write(&dir.path().join("config.yaml"), example);
     let output = plan(dir.path(), &["--config", "config.yaml"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
+}
+
+#[test]
+fn the_documentation_has_every_scheduler_and_annotation() {
+    let text = doc("services.md");
+    let section = |name: &str| {
+        let (_, rest) = text.split_once(&format!("## {name}\n")).unwrap();
+        let (section, _) = rest.split_once("\n## ").unwrap();
+        first_cells(section).into_iter().collect::<BTreeSet<&str>>()
+    };
+    let schedulers: BTreeSet<String> = Scheduler::ALL.iter().map(Scheduler::to_string).collect();
+    let flags = ["flag-1", "flag-2", "flag-3"].map(str::to_owned);
+    let known: BTreeSet<String> = schedulers.into_iter().chain(flags).collect();
+    let known: BTreeSet<&str> = known.iter().map(String::as_str).collect();
+    assert_eq!(section("Schedulers"), known);
+    let weights = [WEIGHT_ANNOTATION, WEIGHTS_ANNOTATION];
+    let known = [SCHEDULER_ANNOTATIONS, FLAGS_ANNOTATIONS, weights].concat();
+    assert_eq!(section("Annotations"), known.into_iter().collect());
 }

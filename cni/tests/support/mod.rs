@@ -240,7 +240,7 @@ impl Agent {
                     next,
                 })
             }
-            Call::Status | Call::Frontends { .. } => {
+            Call::Status | Call::Frontends { .. } | Call::Trace(_) => {
                 unreachable!("the plugin does not ask for this")
             }
         }

@@ -1,13 +1,13 @@
 //! Elements of the guard's sets, over netlink.
 
-use std::net::IpAddr;
-
-use ferrule_model::address::{FrontendAddr, Protocol};
+use ferrule_model::address::Family;
 use ferrule_netlink::{Error, Protocol as Netlink, RawMessage, Socket};
-use netlink_packet_core::{Emitable as _, NLM_F_CREATE, NlasIterator};
+use netlink_packet_core::{DefaultNla, Emitable as _, NLM_F_CREATE, NlasIterator};
 use netlink_packet_netfilter::nftables::{
     DataAttribute, ListAttribute, SetElementAttribute, SetElementFlags, SetElementList,
 };
+
+use super::element::{Element, SILENT, Swap, key_length};
 
 /// `NFNL_SUBSYS_NFTABLES << 8`.
 pub(super) const NFTABLES: u16 = 10 << 8;
@@ -17,16 +17,21 @@ const NEW_ELEMENT: u16 = 12;
 pub(super) const GET_ELEMENT: u16 = 13;
 const DELETE_ELEMENT: u16 = 14;
 
-/// `NFPROTO_INET`.
+/// `NFPROTO_INET`, `NFPROTO_ARP`.
 pub(super) const FAMILY_INET: u8 = 1;
+pub(super) const FAMILY_ARP: u8 = 3;
 
 /// Length of `struct nfgenmsg`.
 pub(super) const HEADER: usize = 4;
 
-/// `NFTA_SET_ELEM_LIST_ELEMENTS`, `NFTA_LIST_ELEM`, `NFTA_SET_ELEM_KEY`, `…_FLAGS`, `NFTA_DATA_VALUE`.
+/// `NFTA_SET_ELEM_LIST_ELEMENTS`, `NFTA_LIST_ELEM`, `NFTA_SET_ELEM_KEY`, `…_DATA`,
+/// `…_KEY_END`, `…_FLAGS`,
+/// `NFTA_DATA_VALUE`.
 pub(super) const LIST_ELEMENTS: u16 = 3;
 pub(super) const ELEMENT: u16 = 1;
 const KEY: u16 = 1;
+const DATA: u16 = 2;
+const KEY_END: u16 = 10;
 const FLAGS: u16 = 3;
 const DATA_VALUE: u16 = 1;
 
@@ -43,21 +48,6 @@ const MAX_ELEMENTS: usize = 512;
 /// buffer, also where we may not raise that beyond the usual 208 kB.
 const MAX_TRANSACTION: usize = 2048;
 
-/// An element of one of our sets; which one follows from its kind and family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Element {
-    /// Of `vips4` or `vips6`.
-    Vip(IpAddr),
-    /// Of `frontends4` or `frontends6`.
-    Frontend(FrontendAddr),
-    /// Of `external4` or `external6`.
-    External(FrontendAddr),
-    /// Of `preserved4` or `preserved6`.
-    Preserved(FrontendAddr),
-    /// Of `hairpins4` or `hairpins6`: the address as source and as destination.
-    Hairpin(IpAddr),
-}
-
 /// An element of one of our sets that we never make, and so another's doing: a
 /// protocol that Services do not have, a pair of two addresses, or the one that
 /// stands for every key.
@@ -66,6 +56,8 @@ pub struct Strange {
     set: &'static str,
     /// `None` for the one that stands for every key.
     key: Option<Vec<u8>>,
+    /// The end of its interval.
+    end: Option<Vec<u8>>,
 }
 
 impl Strange {
@@ -76,10 +68,12 @@ impl Strange {
     }
 
     fn attributes(&self) -> Vec<SetElementAttribute> {
-        vec![match &self.key {
-            Some(key) => SetElementAttribute::Key(DataAttribute::Value(key.clone())),
-            None => SetElementAttribute::Flags(SetElementFlags::from_bits_retain(CATCH_ALL)),
-        }]
+        match &self.key {
+            Some(key) => key_attributes(key.clone(), self.end.clone()),
+            None => vec![SetElementAttribute::Flags(
+                SetElementFlags::from_bits_retain(CATCH_ALL),
+            )],
+        }
     }
 }
 
@@ -90,92 +84,58 @@ pub struct Elements {
     table: String,
 }
 
+/// The family of the table that has a set.
+pub(super) fn family_of(set: &str) -> u8 {
+    if set == SILENT {
+        FAMILY_ARP
+    } else {
+        FAMILY_INET
+    }
+}
+
 /// All of them.
-const SETS: [&str; 10] = [
+const SETS: [&str; 23] = [
     "vips4",
     "vips6",
+    SILENT,
     "frontends4",
     "frontends6",
     "external4",
     "external6",
     "preserved4",
     "preserved6",
+    "dropped4",
+    "dropped6",
+    "leaving4",
+    "leaving6",
+    "served4",
+    "served6",
+    "limited4",
+    "limited6",
+    "admitted4",
+    "admitted6",
+    "marks4",
+    "marks6",
     "hairpins4",
     "hairpins6",
 ];
 
-impl Element {
-    pub(super) fn set(&self) -> &'static str {
-        match self {
-            Self::Vip(IpAddr::V4(_)) => "vips4",
-            Self::Vip(IpAddr::V6(_)) => "vips6",
-            Self::Frontend(addr) if addr.ip.is_ipv4() => "frontends4",
-            Self::Frontend(_) => "frontends6",
-            Self::External(addr) if addr.ip.is_ipv4() => "external4",
-            Self::External(_) => "external6",
-            Self::Preserved(addr) if addr.ip.is_ipv4() => "preserved4",
-            Self::Preserved(_) => "preserved6",
-            Self::Hairpin(IpAddr::V4(_)) => "hairpins4",
-            Self::Hairpin(IpAddr::V6(_)) => "hairpins6",
-        }
+fn attributes(element: &Element) -> Vec<SetElementAttribute> {
+    let mut attributes = key_attributes(element.key(), element.key_end());
+    if let Some(data) = element.data() {
+        attributes.push(SetElementAttribute::Data(DataAttribute::Value(data)));
     }
+    attributes
+}
 
-    /// The key: the parts one after the other, each padded to 4 bytes.
-    fn key(&self) -> Vec<u8> {
-        let octets = |ip: IpAddr| match ip {
-            IpAddr::V4(ip) => ip.octets().to_vec(),
-            IpAddr::V6(ip) => ip.octets().to_vec(),
-        };
-        match self {
-            Self::Vip(ip) => octets(*ip),
-            Self::Hairpin(ip) => octets(*ip).repeat(2),
-            Self::Frontend(addr) | Self::External(addr) | Self::Preserved(addr) => {
-                let mut key = octets(addr.ip);
-                let [high, low] = addr.port.to_be_bytes();
-                key.extend([addr.protocol.number(), 0, 0, 0, high, low, 0, 0]);
-                key
-            }
-        }
+fn key_attributes(key: Vec<u8>, end: Option<Vec<u8>>) -> Vec<SetElementAttribute> {
+    let mut attributes = vec![SetElementAttribute::Key(DataAttribute::Value(key))];
+    if let Some(end) = end {
+        // In the crate's type this attribute holds attributes of any kind.
+        let end = DefaultNla::new(DATA_VALUE, end);
+        attributes.push(SetElementAttribute::KeyEnd(vec![end]));
     }
-
-    /// The key as the program reads it.
-    pub(super) fn text(&self) -> String {
-        match self {
-            Self::Vip(ip) => ip.to_string(),
-            Self::Hairpin(ip) => format!("{ip} . {ip}"),
-            Self::Frontend(addr) | Self::External(addr) | Self::Preserved(addr) => {
-                format!("{} . {} . {}", addr.ip, addr.protocol.number(), addr.port)
-            }
-        }
-    }
-
-    /// `None` for a key that we never make.
-    fn from_key(set: &str, key: &[u8]) -> Option<Self> {
-        let (ip, rest): (IpAddr, &[u8]) = if set.ends_with('4') {
-            let (ip, rest) = key.split_first_chunk::<4>()?;
-            ((*ip).into(), rest)
-        } else {
-            let (ip, rest) = key.split_first_chunk::<16>()?;
-            ((*ip).into(), rest)
-        };
-        if set.starts_with("vips") {
-            return Some(Self::Vip(ip));
-        }
-        if set.starts_with("hairpins") {
-            let element = Self::Hairpin(ip);
-            return (element.key() == key).then_some(element);
-        }
-        let protocol = Protocol::from_number(*rest.first()?)?;
-        let port = u16::from_be_bytes(*rest.get(4..)?.first_chunk::<2>()?);
-        let addr = FrontendAddr::new(ip, port, protocol);
-        Some(if set.starts_with("external") {
-            Self::External(addr)
-        } else if set.starts_with("preserved") {
-            Self::Preserved(addr)
-        } else {
-            Self::Frontend(addr)
-        })
-    }
+    attributes
 }
 
 impl Elements {
@@ -214,6 +174,50 @@ impl Elements {
         Ok((elements, strange))
     }
 
+    /// Which of these elements are there: those that have the key, whatever else they say.
+    /// The cost is that of the question, however large the sets are.
+    ///
+    /// # Errors
+    /// As [`Elements::list`], save that an element that is not there is no error.
+    pub async fn find(&self, keys: &[Element]) -> Result<Vec<Element>, Error> {
+        let mut elements = Vec::new();
+        for key in keys {
+            let question = self.message(GET_ELEMENT, key.set(), &[*key]);
+            match self.socket.request(question, 0).await {
+                Ok(answers) => {
+                    for answer in answers {
+                        read(key.set(), &answer, &mut elements, &mut Vec::new())?;
+                    }
+                }
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(elements)
+    }
+
+    /// Who may call the frontends of a family that are limited; nobody, if there is no such set.
+    ///
+    /// # Errors
+    /// [`Error`]; what is returned is complete.
+    pub async fn list_admitted(&self, family: Family) -> Result<Vec<Element>, Error> {
+        let set = match family {
+            Family::IPv4 => "admitted4",
+            Family::IPv6 => "admitted6",
+        };
+        let question = self.message(GET_ELEMENT, set, &[]);
+        let answers = match self.socket.dump(question).await {
+            Ok(answers) => answers,
+            Err(error) if error.is_not_found() => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let mut elements = Vec::new();
+        for answer in answers {
+            read(set, &answer, &mut elements, &mut Vec::new())?;
+        }
+        Ok(elements)
+    }
+
     /// Removes what is another's from our sets. What is gone already is fine.
     ///
     /// # Errors
@@ -239,6 +243,19 @@ impl Elements {
     /// is that of the i-th element.
     pub async fn remove(&self, elements: &[Element]) -> Vec<Result<(), Error>> {
         self.carry_out(DELETE_ELEMENT, 0, elements).await
+    }
+
+    /// Each swap is one transaction; the i-th result is that of the i-th swap. An
+    /// element to remove that is gone, or one to add that overlaps another, fails the
+    /// whole: then the kernel is not as the caller believes.
+    pub async fn swap(&self, swaps: &[Swap]) -> Vec<Result<(), Error>> {
+        let mut results = Vec::with_capacity(swaps.len());
+        for swap in swaps {
+            let mut messages = self.messages(DELETE_ELEMENT, 0, &swap.remove);
+            messages.extend(self.messages(NEW_ELEMENT, NLM_F_CREATE, &swap.add));
+            results.push(self.socket.transaction(messages).await);
+        }
+        results
     }
 
     async fn carry_out(
@@ -319,10 +336,7 @@ impl Elements {
     }
 
     fn message(&self, kind: u16, set: &str, elements: &[Element]) -> RawMessage {
-        let keys = elements.iter().map(|element| {
-            let key = DataAttribute::Value(element.key());
-            vec![SetElementAttribute::Key(key)]
-        });
+        let keys = elements.iter().map(attributes);
         self.encode(kind, set, keys.collect())
     }
 
@@ -337,7 +351,7 @@ impl Elements {
         }
         let attributes = attributes.as_slice();
         let mut body = vec![0; HEADER + attributes.buffer_len()];
-        body[0] = FAMILY_INET;
+        body[0] = family_of(set);
         attributes.emit(&mut body[HEADER..]);
         RawMessage::new(NFTABLES | kind, body)
     }
@@ -372,17 +386,27 @@ fn read(
                     "netlink-nft",
                     [set.len() > 4, !set.is_empty(), strange.is_empty()],
                 );
-                strange.push(Strange { set, key: None });
+                strange.push(Strange {
+                    set,
+                    key: None,
+                    end: None,
+                });
                 continue;
             };
             let value = nested(key, DATA_VALUE).next().transpose()?;
             let value = value.filter(|value| value.len() == key_length(set));
             let value = value.ok_or_else(|| malformed(set))?;
-            match Element::from_key(set, value) {
+            let value_of = |kind| match nested(element, kind).next().transpose()? {
+                Some(data) => nested(data, DATA_VALUE).next().transpose(),
+                None => Ok(None),
+            };
+            let end = value_of(KEY_END)?;
+            match Element::from_key(set, value, end.or(value_of(DATA)?)) {
                 Some(element) => elements.push(element),
                 None => strange.push(Strange {
                     set,
                     key: Some(value.to_vec()),
+                    end: end.map(<[u8]>::to_vec),
                 }),
             }
         }
@@ -392,16 +416,6 @@ fn read(
 
 fn malformed(set: &str) -> Error {
     Error::Decode(format!("an element of set {set} has a key of another type"))
-}
-
-/// In bytes, as the set's type says.
-fn key_length(set: &str) -> usize {
-    let ip = if set.ends_with('4') { 4 } else { 16 };
-    match set {
-        "vips4" | "vips6" => ip,
-        "hairpins4" | "hairpins6" => 2 * ip,
-        _ => ip + 8,
-    }
 }
 
 /// Values of the attributes of a kind.
@@ -428,12 +442,20 @@ pub(super) fn fuzz(set: u8, answer: &RawMessage) {
     assert!(elements.len() + strange.len() <= answer.body.len());
     for element in elements {
         assert_eq!(element.set(), set);
-        assert_eq!(Element::from_key(set, &element.key()), Some(element));
+        let more = element.key_end().or(element.data());
+        let read = Element::from_key(set, &element.key(), more.as_deref());
+        assert_eq!(read, Some(element));
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
+    use ferrule_model::address::{Family, FrontendAddr, Protocol};
+    use ferrule_model::ownership::MARK_BASE;
+    use ipnetwork::IpNetwork;
+
     use super::*;
 
     #[test]
@@ -441,22 +463,35 @@ mod tests {
         for ip in ["10.96.0.10", "fd00::10"] {
             let ip: IpAddr = ip.parse().unwrap();
             let mut elements = vec![Element::Vip(ip), Element::Hairpin(ip)];
+            if ip.is_ipv4() {
+                elements.push(Element::Silent(ip));
+            }
             for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                 let addr = FrontendAddr::new(ip, 53, protocol);
                 elements.extend([
                     Element::Frontend(addr),
                     Element::External(addr),
                     Element::Preserved(addr),
+                    Element::Dropped(addr),
+                    Element::Limited(addr),
+                    Element::Served(addr),
+                    Element::Marked(addr, MARK_BASE | 7),
                 ]);
+                for prefix in 0..=Family::of(ip).bits() {
+                    let network = IpNetwork::new(ip, prefix).unwrap();
+                    let network = IpNetwork::new(network.network(), prefix).unwrap();
+                    elements.push(Element::Admitted(addr, network));
+                }
             }
             for element in elements {
-                let read = Element::from_key(element.set(), &element.key());
+                let more = element.key_end().or(element.data());
+                let read = Element::from_key(element.set(), &element.key(), more.as_deref());
                 assert_eq!(read, Some(element));
             }
         }
-        assert_eq!(Element::from_key("vips6", &[1, 2, 3, 4]), None);
+        assert_eq!(Element::from_key("vips6", &[1, 2, 3, 4], None), None);
         assert_eq!(
-            Element::from_key("frontends4", &[10, 0, 0, 1, 6, 0, 0, 0]),
+            Element::from_key("frontends4", &[10, 0, 0, 1, 6, 0, 0, 0], None),
             None
         );
     }

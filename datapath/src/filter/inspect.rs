@@ -11,7 +11,8 @@ use netlink_packet_core::{DefaultNla, Emitable as _, NlasIterator};
 use sha2::{Digest as _, Sha256};
 
 use super::elements::{
-    ATTRIBUTE_HEADER, ELEMENT, FAMILY_INET, GET_ELEMENT, HEADER, LIST_ELEMENTS, NFTABLES,
+    ATTRIBUTE_HEADER, ELEMENT, FAMILY_ARP, FAMILY_INET, GET_ELEMENT, HEADER, LIST_ELEMENTS,
+    NFTABLES,
 };
 
 /// `NFT_MSG_*` of `linux/netfilter/nf_tables.h`.
@@ -112,7 +113,10 @@ pub struct TableState {
 /// # Errors
 /// [`Error`].
 pub async fn generation(socket: &Socket) -> Result<u32, Error> {
-    for answer in socket.request(question(GET_GENERATION, &[]), 0).await? {
+    for answer in socket
+        .request(question(FAMILY_INET, GET_GENERATION, &[]), 0)
+        .await?
+    {
         if let Some(id) = find(attributes_of(&answer)?, GENERATION_ID)? {
             return number(id);
         }
@@ -120,15 +124,16 @@ pub async fn generation(socket: &Socket) -> Result<u32, Error> {
     Err(Error::Decode("a generation without its number".to_owned()))
 }
 
-/// The table `name` of family `inet`, or `None` when there is none. It is seen
-/// as of one moment: where others change nftables meanwhile, it is looked at anew.
+/// The table `name` of family `inet` with the one of family `arp`, or `None` when
+/// the first is not there. They are seen as of one moment: where others change nftables meanwhile,
+/// they are looked at anew.
 ///
 /// # Errors
 /// [`Error`]; [`Error::Interrupted`] when others change nftables all the time.
 pub async fn table(socket: &Socket, name: &str) -> Result<Option<TableState>, Error> {
     for _ in 0..ATTEMPTS {
         let before = generation(socket).await?;
-        let seen = look(socket, name).await;
+        let seen = look_at_both(socket, name).await;
         if seen.as_ref().is_err_and(Error::leaves_doubt) {
             return seen;
         }
@@ -146,23 +151,26 @@ pub async fn table(socket: &Socket, name: &str) -> Result<Option<TableState>, Er
 /// # Errors
 /// [`Error`]; what is returned is complete.
 pub async fn counters(socket: &Socket, name: &str) -> Result<Counters, Error> {
-    let question = question(
-        GET_OBJECT,
-        &[
-            DefaultNla::new(TABLE, terminated(name)),
-            DefaultNla::new(OBJECT_TYPE, COUNTER.to_be_bytes().to_vec()),
-        ],
-    );
+    let table = Table {
+        family: FAMILY_INET,
+        name,
+    };
+    let kind = DefaultNla::new(OBJECT_TYPE, COUNTER.to_be_bytes().to_vec());
+    let question = table.question(GET_OBJECT, &[table.this(), kind]);
     let mut counters = BTreeMap::new();
     for answer in socket.dump(question).await? {
-        read_counter(&answer, name, &mut counters)?;
+        read_counter(&answer, table, &mut counters)?;
     }
     Ok(counters)
 }
 
 /// What is another's, or no counter, is left out.
-fn read_counter(answer: &RawMessage, table: &str, counters: &mut Counters) -> Result<(), Error> {
-    let Some(attributes) = of_table(answer, table)? else {
+fn read_counter(
+    answer: &RawMessage,
+    table: Table<'_>,
+    counters: &mut Counters,
+) -> Result<(), Error> {
+    let Some(attributes) = table.attributes(answer)? else {
         return Ok(());
     };
     if number(required(attributes, OBJECT_TYPE)?)? != COUNTER {
@@ -180,25 +188,40 @@ fn read_counter(answer: &RawMessage, table: &str, counters: &mut Counters) -> Re
     Ok(())
 }
 
-/// Reads the table as it is while the dumps go on.
-async fn look(socket: &Socket, name: &str) -> Result<Option<TableState>, Error> {
-    let of_this = [DefaultNla::new(TABLE, terminated(name))];
-    let flags = match socket.request(question(GET_TABLE, &of_this), 0).await {
-        Ok(answers) => table_flags(&answers, name)?,
+async fn look_at_both(socket: &Socket, name: &str) -> Result<Option<TableState>, Error> {
+    let of_family = |family| Table { family, name };
+    let Some(mut state) = look(socket, of_family(FAMILY_INET)).await? else {
+        return Ok(None);
+    };
+    let arp = look(socket, of_family(FAMILY_ARP)).await?;
+    let mut whole = Canonical::default();
+    whole.put(FAMILY_INET.into(), &state.fingerprint);
+    if let Some(arp) = arp {
+        whole.put(FAMILY_ARP.into(), &arp.fingerprint);
+    }
+    state.fingerprint = whole.finish();
+    Ok(Some(state))
+}
+
+/// Reads a table as it is while the dumps go on.
+async fn look(socket: &Socket, table: Table<'_>) -> Result<Option<TableState>, Error> {
+    let of_this = [table.this()];
+    let flags = match socket.request(table.question(GET_TABLE, &of_this), 0).await {
+        Ok(answers) => table_flags(&answers, table)?,
         Err(error) if error.is_not_found() => return Ok(None),
         Err(error) => return Err(error),
     };
     let mut chains = BTreeMap::new();
-    for answer in socket.dump(question(GET_CHAIN, &[])).await? {
-        if let Some(attributes) = of_table(&answer, name)? {
+    for answer in socket.dump(table.question(GET_CHAIN, &[])).await? {
+        if let Some(attributes) = table.attributes(&answer)? {
             let chain = text(required(attributes, CHAIN_NAME)?)?;
             chains.insert(chain.to_owned(), hash_without(attributes, &CHAIN_MOVING)?);
         }
     }
-    let (sets, anonymous) = sets(socket, name).await?;
+    let (sets, anonymous) = sets(socket, table).await?;
     let mut rules: BTreeMap<String, Vec<Hash>> = BTreeMap::new();
-    for answer in socket.dump(question(GET_RULE, &of_this)).await? {
-        if let Some(attributes) = of_table(&answer, name)? {
+    for answer in socket.dump(table.question(GET_RULE, &of_this)).await? {
+        if let Some(attributes) = table.attributes(&answer)? {
             let chain = text(required(attributes, RULE_CHAIN)?)?.to_owned();
             let rule = rule_hash(attributes, &anonymous)?;
             rules.entry(chain).or_default().push(rule);
@@ -225,13 +248,13 @@ async fn look(socket: &Socket, name: &str) -> Result<Option<TableState>, Error> 
 /// in it. That never changes while the set exists.
 async fn sets(
     socket: &Socket,
-    table: &str,
+    table: Table<'_>,
 ) -> Result<(BTreeSet<Hash>, BTreeMap<String, Hash>), Error> {
-    let of_this = [DefaultNla::new(TABLE, terminated(table))];
+    let of_this = [table.this()];
     let mut named = BTreeSet::new();
     let mut anonymous = BTreeMap::new();
-    for answer in socket.dump(question(GET_SET, &of_this)).await? {
-        let Some(attributes) = of_table(&answer, table)? else {
+    for answer in socket.dump(table.question(GET_SET, &of_this)).await? {
+        let Some(attributes) = table.attributes(&answer)? else {
             continue;
         };
         let flags = find(attributes, SET_FLAGS)?.map(number).transpose()?;
@@ -242,12 +265,9 @@ async fn sets(
         let name = text(required(attributes, SET_NAME)?)?;
         let mut skipped = SET_MOVING.to_vec();
         skipped.push(SET_NAME);
-        let of_set = [
-            DefaultNla::new(TABLE, terminated(table)),
-            DefaultNla::new(SET_NAME, terminated(name)),
-        ];
+        let of_set = [table.this(), DefaultNla::new(SET_NAME, terminated(name))];
         let mut elements = Vec::new();
-        for answer in socket.dump(question(GET_ELEMENT, &of_set)).await? {
+        for answer in socket.dump(table.question(GET_ELEMENT, &of_set)).await? {
             element_hashes(&answer, &mut elements)?;
         }
         elements.sort_unstable();
@@ -260,13 +280,16 @@ async fn sets(
 }
 
 /// A table that is dormant has every chain and guards nothing.
-fn table_flags(answers: &[RawMessage], name: &str) -> Result<[u8; 4], Error> {
+fn table_flags(answers: &[RawMessage], table: Table<'_>) -> Result<[u8; 4], Error> {
     for answer in answers {
-        if let Some(attributes) = of_table(answer, name)? {
+        if let Some(attributes) = table.attributes(answer)? {
             return number(required(attributes, TABLE_FLAGS)?).map(u32::to_be_bytes);
         }
     }
-    Err(Error::Decode(format!("no answer about table {name}")))
+    Err(Error::Decode(format!(
+        "no answer about table {}",
+        table.name
+    )))
 }
 
 /// All attributes but some.
@@ -375,9 +398,9 @@ impl Canonical {
     }
 }
 
-fn question(kind: u16, attributes: &[DefaultNla]) -> RawMessage {
+fn question(family: u8, kind: u16, attributes: &[DefaultNla]) -> RawMessage {
     let mut body = vec![0; HEADER + attributes.buffer_len()];
-    body[0] = FAMILY_INET;
+    body[0] = family;
     attributes.emit(&mut body[HEADER..]);
     RawMessage::new(NFTABLES | kind, body)
 }
@@ -387,13 +410,31 @@ fn attributes_of(answer: &RawMessage) -> Result<&[u8], Error> {
     attributes.ok_or_else(|| Error::Decode("an nftables message without its header".to_owned()))
 }
 
-/// The attributes of what belongs to a table of family `inet`, `None` for what
-/// belongs to another: not every kernel keeps to the table that was asked about.
-fn of_table<'a>(answer: &'a RawMessage, table: &str) -> Result<Option<&'a [u8]>, Error> {
-    let attributes = attributes_of(answer)?;
-    let inet = answer.body.first() == Some(&FAMILY_INET);
-    let ours = text(required(attributes, TABLE)?)? == table;
-    Ok((inet && ours).then_some(attributes))
+/// One of our two tables.
+#[derive(Clone, Copy)]
+struct Table<'a> {
+    family: u8,
+    name: &'a str,
+}
+
+impl Table<'_> {
+    /// The attribute that asks about what is in it.
+    fn this(&self) -> DefaultNla {
+        DefaultNla::new(TABLE, terminated(self.name))
+    }
+
+    fn question(&self, kind: u16, attributes: &[DefaultNla]) -> RawMessage {
+        question(self.family, kind, attributes)
+    }
+
+    /// The attributes of what belongs to it, `None` for what belongs to another: not
+    /// every kernel keeps to the table that was asked about.
+    fn attributes<'a>(&self, answer: &'a RawMessage) -> Result<Option<&'a [u8]>, Error> {
+        let attributes = attributes_of(answer)?;
+        let same_family = answer.body.first() == Some(&self.family);
+        let ours = text(required(attributes, TABLE)?)? == self.name;
+        Ok((same_family && ours).then_some(attributes))
+    }
 }
 
 /// Kind and value of each attribute.
@@ -447,6 +488,13 @@ pub mod fuzz;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn table(name: &str) -> Table<'_> {
+        Table {
+            family: FAMILY_INET,
+            name,
+        }
+    }
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
         let attribute = DefaultNla::new(kind, value.to_vec());
@@ -515,8 +563,8 @@ mod tests {
                 message_type: 0,
                 body: body.to_vec(),
             };
-            assert!(of_table(&message, "t").is_err(), "{body:?}");
-            let counter = read_counter(&message, "t", &mut Counters::new());
+            assert!(table("t").attributes(&message).is_err(), "{body:?}");
+            let counter = read_counter(&message, table("t"), &mut Counters::new());
             assert!(counter.is_err(), "{body:?}");
         }
     }
@@ -540,15 +588,15 @@ mod tests {
             read_counter(&object(parts), table, &mut counters).map(|()| counters)
         };
         let expected = Counters::from([("refused".to_owned(), (10, 840))]);
-        assert_eq!(read(&parts, "t").unwrap(), expected);
-        assert!(read(&parts, "other").unwrap().is_empty());
+        assert_eq!(read(&parts, table("t")).unwrap(), expected);
+        assert!(read(&parts, table("other")).unwrap().is_empty());
         for missing in 0..parts.len() {
             let mut parts = parts.to_vec();
             parts.remove(missing);
-            assert!(read(&parts, "t").is_err(), "{missing}");
+            assert!(read(&parts, table("t")).is_err(), "{missing}");
         }
         let short = attribute(OBJECT_DATA, &attribute(COUNTER_BYTES, &[1, 2, 3, 4]));
         let parts = [&parts[..3], &[short]].concat();
-        assert!(read(&parts, "t").is_err());
+        assert!(read(&parts, table("t")).is_err());
     }
 }

@@ -2,16 +2,18 @@
 //!
 //! The ruleset is text that the program `nft` loads, once at the start
 //! (in `ruleset`); the elements of its sets come and go over netlink
-//! (in `elements`), which is a thousand times cheaper. Whether the table is still
+//! (in `elements`, of what is in `element`), which is a thousand times cheaper. Whether the table is still
 //! what was loaded is told over netlink, too (in `inspect`). Hooks and priorities
 //! are in the table of ARCHITECTURE.md, the reasons in ADR 1.
 
 pub mod counters;
+mod element;
 mod elements;
 mod inspect;
 mod ruleset;
 
-pub use elements::{Element, Elements, Strange};
+pub use element::{Element, Swap};
+pub use elements::{Elements, Strange};
 #[cfg(feature = "fuzzing")]
 pub use inspect::fuzz;
 pub use inspect::{TableState, counters, generation, table};

@@ -1,20 +1,20 @@
 //! The ruleset, and the program that loads it.
 
+mod source_nat;
+
 use std::fmt::Write as _;
 use std::io;
-use std::net::IpAddr;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use ferrule_model::address::Family;
-use ferrule_model::network::outermost;
-use ferrule_model::ownership::HOST_VETH_PREFIX;
-use ferrule_model::source_nat::SourceNat;
+use ferrule_model::ownership::{HOST_VETH_PREFIX, MARK_BASE, MARK_BITS};
+use ferrule_model::source_nat::{Solicitor, SourceNat};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use super::element::SILENT;
 use super::{Element, counters};
 
 /// How long the program may take.
@@ -58,16 +58,31 @@ pub enum RulesetError {
 }
 
 /// Chains of our table.
-const CHAINS: [&str; 5] = [
+const CHAINS: [&str; 11] = [
+    "admit-remote",
+    "admit-local",
+    "guard-forward",
     "guard-remote",
     "guard-local",
     "vip-without-service",
+    "unallocated",
+    "mark-internal",
     "source-nat",
     "replace-source",
+    SOLICITATIONS,
 ];
 
-/// Those of them that replace sources.
-pub(crate) const SOURCE_NAT_CHAINS: [&str; 2] = ["source-nat", "replace-source"];
+/// As whom neighbours are asked for: in both tables of ours. Its rules follow from the
+/// addresses of the machine.
+const SOLICITATIONS: &str = "solicitations";
+
+/// Those of them whose rules follow from the cluster's networks.
+pub(crate) const SOURCE_NAT_CHAINS: [&str; 4] = [
+    "source-nat",
+    "replace-source",
+    "unallocated",
+    "mark-internal",
+];
 
 /// Makes table, sets and chains as they should be, in one transaction. The
 /// sets keep their elements and the counters their counts; a second time
@@ -109,14 +124,14 @@ pub async fn load_anew(
     elements: &[Element],
 ) -> Result<(), RulesetError> {
     check_name(table)?;
-    // To delete what may not be there: make it first, in the same transaction.
-    let mut text = format!("add table inet {table}\ndelete table inet {table}\n");
+    let mut text = gone(table);
     text.push_str(&Ruleset::whole(table, Some(nat)));
     for element in elements {
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
-            "add element inet {table} {} {{ {} }}",
+            "add element {} {table} {} {{ {} }}",
+            element.family(),
             element.set(),
             element.text()
         );
@@ -145,9 +160,20 @@ pub async fn check(program: &Path, table: &str) -> Result<(), RulesetError> {
 /// [`RulesetError`].
 pub async fn remove(program: &Path, table: &str) -> Result<(), RulesetError> {
     check_name(table)?;
-    // To delete what may not be there: make it first, in the same transaction.
-    let text = format!("add table inet {table}\ndelete table inet {table}\n");
-    run(program, text).await
+    run(program, gone(table)).await
+}
+
+/// To delete what may not be there: make it first, in the same transaction.
+fn gone(table: &str) -> String {
+    let mut text = String::new();
+    for family in ["inet", "arp"] {
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "add table {family} {table}\ndelete table {family} {table}"
+        );
+    }
+    text
 }
 
 /// The name becomes part of a program's text: it must not say more than a name.
@@ -173,13 +199,17 @@ impl<'a> Ruleset<'a> {
     fn whole(table: &'a str, nat: Option<&SourceNat>) -> String {
         let mut ours = Self::new(table);
         for chain in CHAINS {
-            if nat.is_some() || !SOURCE_NAT_CHAINS.contains(&chain) {
+            let follows = SOURCE_NAT_CHAINS.contains(&chain) || chain == SOLICITATIONS;
+            if nat.is_some() || !follows {
                 // Writing to a String cannot fail.
                 let _ = writeln!(ours.text, "flush chain inet {table} {chain}");
             }
         }
+        ours.silence();
+        ours.admission();
         ours.guard();
         if let Some(nat) = nat {
+            ours.solicitations(nat);
             ours.source_nat(nat);
         }
         ours.text
@@ -188,38 +218,33 @@ impl<'a> Ruleset<'a> {
     fn new(table: &'a str) -> Self {
         let mut text =
             format!("add table inet {table} {{ comment \"Ferrule: services of this node\"; }}\n");
-        for (family, ip) in [("4", "ipv4_addr"), ("6", "ipv6_addr")] {
-            let frontend = format!("{ip} . inet_proto . inet_service");
-            for (set, kind, why) in [
-                ("vips", ip, "VIPs under guard"),
-                ("frontends", &frontend, "VIPs with their service ports"),
-                (
-                    "external",
-                    &frontend,
-                    "frontends that are called from outside",
-                ),
-                (
-                    "preserved",
-                    &frontend,
-                    "those of them whose backends see the client",
-                ),
-                (
-                    "hairpins",
-                    &format!("{ip} . {ip}"),
-                    "backends of this node that may call themselves",
-                ),
-            ] {
-                // Writing to a String cannot fail.
-                let _ = writeln!(
-                    text,
-                    "add set inet {table} {set}{family} {{ type {kind}; comment \"{why}\"; }}"
-                );
-            }
+        add_sets(table, &mut text);
+        for (digit, ip) in [("4", "ipv4_addr"), ("6", "ipv6_addr")] {
+            let _ = writeln!(
+                text,
+                "add map inet {table} marks{digit} {{ type {ip} . inet_proto . inet_service : mark; \
+                 comment \"marks of clients within the cluster, by frontend\"; }}"
+            );
         }
         for counter in counters::ALL {
             let _ = writeln!(text, "add counter inet {table} {counter}");
         }
         for (chain, hook, why) in [
+            (
+                "admit-remote",
+                "type filter hook input priority 90",
+                "before IPVS, which takes at 98 and 99 what is for a service",
+            ),
+            (
+                "admit-local",
+                "type filter hook output priority -101",
+                "before IPVS, which takes at -99 and -98 what is for a service",
+            ),
+            (
+                "guard-forward",
+                "type filter hook forward priority 0",
+                "what is for a service address that no service has",
+            ),
             (
                 "guard-remote",
                 "type filter hook input priority 110",
@@ -241,7 +266,13 @@ impl<'a> Ruleset<'a> {
                 "add chain inet {table} {chain} {{ {hook}; policy accept; comment \"{why}\"; }}"
             );
         }
-        for chain in ["vip-without-service", "replace-source"] {
+        for chain in [
+            "vip-without-service",
+            "unallocated",
+            "mark-internal",
+            "replace-source",
+            SOLICITATIONS,
+        ] {
             let _ = writeln!(text, "add chain inet {table} {chain}");
         }
         Self { table, text }
@@ -253,6 +284,122 @@ impl<'a> Ruleset<'a> {
             self.text,
             "add rule inet {table} {chain} {rule} comment \"{why}\""
         );
+    }
+
+    /// A VIP is on every node: who asks on a link whose it is must not be told that it
+    /// is this one's, nor does this one say so by itself, or by asking for others. Whoever
+    /// announces VIPs does so by sockets that no rule sees, or by another address.
+    fn silence(&mut self) {
+        let table = self.table;
+        let _ = writeln!(
+            self.text,
+            "add table arp {table} {{ comment \"Ferrule: services of this node\"; }}\n\
+             add set arp {table} {SILENT} {{ type ipv4_addr; comment \"VIPs\"; }}\n\
+             add chain arp {table} silence {{ type filter hook input priority 0; policy accept; \
+             comment \"before the kernel answers\"; }}\n\
+             flush chain arp {table} silence\n\
+             add rule arp {table} silence arp operation request arp daddr ip @{SILENT} drop \
+             comment \"a VIP is not this node's alone\"\n\
+             add chain arp {table} announcements {{ type filter hook output priority 0; \
+             policy accept; comment \"what the kernel says of itself\"; }}\n\
+             add chain arp {table} {SOLICITATIONS}\n\
+             flush chain arp {table} announcements\n\
+             add rule arp {table} announcements arp saddr ip @{SILENT} arp daddr ip @{SILENT} drop \
+             comment \"gratuitous\"\n\
+             add rule arp {table} announcements arp operation request arp saddr ip @{SILENT} \
+             jump {SOLICITATIONS} comment \"asks as a VIP\""
+        );
+        // That a VIP is at an address of the link says the kernel from the VIP itself, where it is
+        // an address of the link's device; who announces VIPs has another address for that.
+        self.rule(
+            "guard-local",
+            "icmpv6 type nd-neighbor-advert ip6 saddr @vips6 drop",
+            "a VIP is not this node's alone",
+        );
+        self.rule(
+            "guard-local",
+            &format!("icmpv6 type nd-neighbor-solicit ip6 saddr @vips6 jump {SOLICITATIONS}"),
+            "asks as a VIP",
+        );
+    }
+
+    /// As whom the kernel asks for neighbours instead of as a VIP.
+    fn solicitations(&mut self, nat: &SourceNat) {
+        let table = self.table;
+        // Writing to a String cannot fail.
+        let _ = writeln!(self.text, "flush chain arp {table} {SOLICITATIONS}");
+        for Solicitor { device, asked, ip } in &nat.solicitors {
+            let device = match device.as_deref() {
+                Some(device) if !can_be_said(device) => continue,
+                Some(device) => format!("oifname \"{device}\" "),
+                None => String::new(),
+            };
+            if ip.is_ipv4() {
+                let asked = asked.map_or(String::new(), |asked| format!("arp daddr ip {asked} "));
+                // The first that fits leaves nothing for the others.
+                let _ = writeln!(
+                    self.text,
+                    "add rule arp {table} {SOLICITATIONS} {device}{asked}arp saddr ip @{SILENT} \
+                     arp saddr ip set {ip} comment \"an address of the node\""
+                );
+            } else {
+                self.rule(
+                    SOLICITATIONS,
+                    &format!("{device}ip6 saddr @vips6 ip6 saddr set {ip}"),
+                    "an address of the node",
+                );
+            }
+        }
+    }
+
+    /// Who is not admitted to a frontend never reaches IPVS.
+    fn admission(&mut self) {
+        for chain in ["admit-remote", "admit-local"] {
+            for (ip, family) in FAMILIES {
+                // Sets of intervals take a protocol out of the packet alone before kernel 6.18.
+                // Behind extension headers it is another, and nobody is admitted.
+                let protocol = match ip {
+                    "ip" => "ip protocol",
+                    _ => "ip6 nexthdr",
+                };
+                self.rule(
+                    chain,
+                    &format!(
+                        "{ip} daddr . meta l4proto . th dport @limited{family} \
+                         {ip} saddr . {ip} daddr . {protocol} . th dport != @admitted{family} \
+                         counter name {} drop",
+                        counters::NOT_ADMITTED
+                    ),
+                    "loadBalancerSourceRanges",
+                );
+            }
+            // IPVS takes whatever has one of our marks: nobody else may set them.
+            let bits = u32::MAX << MARK_BITS;
+            self.rule(
+                chain,
+                &format!("meta mark & {bits:#x} == {MARK_BASE:#x} meta mark set 0"),
+                "a mark of ours from another, or from IPVS itself",
+            );
+        }
+        self.rule("admit-remote", "jump mark-internal", "pods of the cluster");
+        for (ip, family) in FAMILIES {
+            self.rule("admit-local", &mark(ip, family), "this node");
+        }
+        // What has a mark goes to another virtual service, which has backends.
+        let bits = u32::MAX << MARK_BITS;
+        for chain in ["admit-remote", "admit-local"] {
+            for (ip, family) in FAMILIES {
+                self.rule(
+                    chain,
+                    &format!(
+                        "{ip} daddr . meta l4proto . th dport @leaving{family} \
+                         tcp flags & (fin | syn | rst | ack) == syn \
+                         meta mark & {bits:#x} != {MARK_BASE:#x} jump vip-without-service"
+                    ),
+                    "its backends keep connections, and take no new ones",
+                );
+            }
+        }
     }
 
     /// What reaches a VIP or an external frontend and was not taken by IPVS is refused.
@@ -274,6 +421,13 @@ impl<'a> Ruleset<'a> {
                 );
             }
         }
+        for chain in ["guard-forward", "guard-local"] {
+            self.rule(
+                chain,
+                "jump unallocated",
+                "service addresses that no service has",
+            );
+        }
         self.rule(
             "guard-local",
             &format!("oifname \"{HOST_VETH_PREFIX}*\" icmpv6 type nd-redirect drop"),
@@ -288,7 +442,15 @@ impl<'a> Ruleset<'a> {
         for (ip, family) in FAMILIES {
             self.rule(
                 chain,
-                &format!("{ip} saddr . meta l4proto . th sport @frontends{family} accept"),
+                &format!("{ip} daddr . meta l4proto . th dport @served{family} accept"),
+                "a health check of a load balancer",
+            );
+            self.rule(
+                chain,
+                &format!(
+                    "ct direction reply {ip} saddr . meta l4proto . th sport \
+                     @frontends{family} accept"
+                ),
                 "answer of a service to this node, calling from the VIP",
             );
         }
@@ -297,6 +459,16 @@ impl<'a> Ruleset<'a> {
             "tcp flags & rst == rst accept",
             "opens nothing, and the refusal below is one",
         );
+        for (ip, family) in FAMILIES {
+            self.rule(
+                chain,
+                &format!(
+                    "{ip} daddr . meta l4proto . th dport @dropped{family} counter name {} drop",
+                    counters::NO_LOCAL_ENDPOINT
+                ),
+                "policy Local, and the endpoints are on other nodes",
+            );
+        }
         self.rule(
             chain,
             &format!(
@@ -314,142 +486,65 @@ impl<'a> Ruleset<'a> {
             "no service here",
         );
     }
+}
 
-    /// The rows of the table of service semantics, one rule each. Connection
-    /// tracking knows the address that a client called; the packet has the
-    /// backend that IPVS chose. So no mark is needed.
-    fn source_nat(&mut self, nat: &SourceNat) {
-        let chain = "source-nat";
-        self.rule(chain, "oifname \"lo\" return", "does not leave the node");
-        for (family, (ip, digit)) in Family::ALL.into_iter().zip(FAMILIES) {
-            let own = braces(&outermost(&nat.networks.node_pods, family));
-            let pods = braces(&outermost(&nat.networks.pods, family));
-            let exempt = braces(&outermost(&nat.networks.non_masquerade, family));
-            let called = format!("ct original {ip} daddr");
-            let vip = format!("{called} @vips{digit}");
-            // The program knows what a port is only after a transport protocol.
-            let of_set = |set| {
-                PROTOCOLS.map(|protocol| {
-                    format!(
-                        "meta l4proto {protocol} {called} . meta l4proto . \
-                         ct original proto-dst @{set}{digit}"
-                    )
-                })
-            };
-            let external = of_set("external");
-            self.replace(
-                &format!("{ip} saddr . {ip} daddr @hairpins{digit}"),
-                counters::HAIRPIN,
-                "the backend is the client",
+/// Sets of each family, where they are missing.
+fn add_sets(table: &str, text: &mut String) {
+    for (family, ip) in [("4", "ipv4_addr"), ("6", "ipv6_addr")] {
+        let frontend = format!("{ip} . inet_proto . inet_service");
+        let client = format!("{ip} . {frontend}; flags interval");
+        for (set, kind, why) in [
+            ("vips", ip, "VIPs under guard"),
+            ("frontends", &frontend, "VIPs with their service ports"),
+            (
+                "external",
+                &frontend,
+                "frontends that are called from outside",
+            ),
+            (
+                "preserved",
+                &frontend,
+                "those of them whose backends see the client",
+            ),
+            (
+                "dropped",
+                &frontend,
+                "frontends whose endpoints are on other nodes",
+            ),
+            (
+                "leaving",
+                &frontend,
+                "frontends that keep connections, and take no new ones",
+            ),
+            (
+                "served",
+                &frontend,
+                "where this node itself answers at a VIP",
+            ),
+            ("limited", &frontend, "frontends that not everyone may call"),
+            ("admitted", &client, "who may call them"),
+            (
+                "hairpins",
+                &format!("{ip} . {ip}"),
+                "backends of this node that may call themselves",
+            ),
+        ] {
+            // Writing to a String cannot fail.
+            let _ = writeln!(
+                text,
+                "add set inet {table} {set}{family} {{ type {kind}; comment \"{why}\"; }}"
             );
-            self.replace(
-                &format!("{ip} saddr @vips{digit}"),
-                counters::VIA_VIP,
-                "a process of this node that calls from the VIP",
-            );
-            if nat.masquerade_all {
-                self.replace(&vip, counters::ALL_CLUSTER, "masqueradeAll");
-            }
-            let beyond = own
-                .as_ref()
-                .map_or(String::new(), |own| format!("{ip} saddr != {own} "));
-            for preserved in of_set("preserved") {
-                self.rule(
-                    chain,
-                    &format!("{preserved} return"),
-                    "the backend is on this node and sees the client",
-                );
-            }
-            for external in &external {
-                self.replace(
-                    &format!("{external} {beyond}fib saddr type != local"),
-                    counters::OFF_NODE,
-                    "the reply must come back through this node",
-                );
-            }
-            let Some(own) = own else {
-                continue;
-            };
-            if let Some(pods) = pods {
-                for service in external.iter().chain([&vip]) {
-                    self.replace(
-                        &format!("{service} {ip} saddr {own} {ip} daddr != {pods}"),
-                        counters::POD_EGRESS,
-                        "a backend that does not know the way to pods",
-                    );
-                }
-            }
-            let outside = exempt.map_or(String::new(), |exempt| format!("{ip} daddr != {exempt} "));
-            self.replace(
-                &format!("{ip} saddr {own} {outside}"),
-                counters::POD_EGRESS,
-                "a pod that calls beyond the cluster",
-            );
-        }
-        self.replacements(nat);
-    }
-
-    fn replace(&mut self, condition: &str, counter: &str, why: &str) {
-        let rule = format!("{condition} counter name {counter} goto replace-source");
-        self.rule("source-nat", &rule, why);
-    }
-
-    /// Where the device that leads out has an address, the kernel chooses the
-    /// right one of it; pods' veths have none, and there the kernel would choose
-    /// any address of the node, a VIP among them.
-    fn replacements(&mut self, nat: &SourceNat) {
-        let chain = "replace-source";
-        let (first, last) = (nat.ports.start(), nat.ports.end());
-        for (family, (ip, _)) in Family::ALL.into_iter().zip(FAMILIES) {
-            let nfproto = match family {
-                Family::IPv4 => "meta nfproto ipv4",
-                Family::IPv6 => "meta nfproto ipv6",
-            };
-            let known = nat.sources.get(&family).cloned().unwrap_or_default();
-            let devices: Vec<String> = known
-                .devices
-                .iter()
-                .filter(|device| can_be_said(device))
-                .map(|device| format!("\"{device}\""))
-                .collect();
-            // Ports can be said only of protocols that have them.
-            for protocol in PROTOCOLS.into_iter().map(Some).chain([None]) {
-                let (protocols, to) = protocol.map_or_else(Default::default, |protocol| {
-                    let protocol = format!("meta l4proto {protocol} ");
-                    (protocol, format!(" to :{first}-{last} fully-random"))
-                });
-                if let Some(devices) = braces(&devices) {
-                    self.rule(
-                        chain,
-                        &format!("{nfproto} oifname {devices} {protocols}masquerade{to}"),
-                        "an address of the device that leads out",
-                    );
-                }
-                let Some(node) = known.node else {
-                    self.rule(
-                        chain,
-                        &format!("{nfproto} {protocols}masquerade{to}"),
-                        "no address of the node is known",
-                    );
-                    continue;
-                };
-                let node = match node {
-                    _ if protocol.is_none() => node.to_string(),
-                    IpAddr::V4(node) => format!("{node}:{first}-{last} fully-random"),
-                    IpAddr::V6(node) => format!("[{node}]:{first}-{last} fully-random"),
-                };
-                self.rule(
-                    chain,
-                    &format!("{nfproto} {protocols}snat {ip} to {node}"),
-                    "the address of the node",
-                );
-            }
         }
     }
 }
 
 /// The word for a family in rules, and the end of its sets' names; as [`Family::ALL`].
 const FAMILIES: [(&str, &str); 2] = [("ip", "4"), ("ip6", "6")];
+
+/// Puts the mark of a frontend on a packet to it, if it has one.
+fn mark(ip: &str, family: &str) -> String {
+    format!("meta mark set {ip} daddr . meta l4proto . th dport map @marks{family}")
+}
 
 /// Protocols that have ports.
 const PROTOCOLS: [&str; 3] = ["tcp", "udp", "sctp"];

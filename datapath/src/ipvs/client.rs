@@ -1,11 +1,12 @@
 //! Questions and orders to the kernel's IPVS.
 
 use ferrule_model::address::BackendAddr;
+use ferrule_model::service::ServiceKey;
 use ferrule_netlink::{Error, Protocol, RawMessage, Socket, generic};
 use netlink_packet_core::DefaultNla;
 
 use super::server::{RealServer, ServerSettings};
-use super::service::{Service, ServiceKey, ServiceSettings};
+use super::service::{Service, ServiceSettings, emit_key};
 use super::timeouts::{Info, Timeouts};
 
 /// Name and version of the generic netlink family.
@@ -89,13 +90,30 @@ impl Client {
         Ok(services)
     }
 
+    /// One virtual service; `None` if there is no such service.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn service(&self, key: &ServiceKey) -> Result<Option<Service>, Error> {
+        let question = self.message(command::GET_SERVICE, &[emit_key(key)]);
+        let answers = match self.socket.request(question, 0).await {
+            Ok(answers) => answers,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        match answers.first() {
+            Some(answer) => Service::parse(generic::parts(answer)?.1),
+            None => Ok(None),
+        }
+    }
+
     /// The real servers of a virtual service.
     ///
     /// # Errors
     /// [`Error`]; what is returned is complete. A service that does not exist
     /// has no servers, for that is how the kernel answers.
     pub async fn servers(&self, service: &ServiceKey) -> Result<Vec<RealServer>, Error> {
-        let question = self.message(command::GET_SERVER, &[service.emit()]);
+        let question = self.message(command::GET_SERVER, &[emit_key(service)]);
         let mut servers = Vec::new();
         for answer in self.socket.dump(question).await? {
             let attributes = generic::parts(&answer)?.1;
@@ -118,20 +136,20 @@ impl Client {
             Order::SetService(key, settings) => {
                 (command::SET_SERVICE, vec![Service::emit(key, settings)])
             }
-            Order::DeleteService(key) => (command::DELETE_SERVICE, vec![key.emit()]),
+            Order::DeleteService(key) => (command::DELETE_SERVICE, vec![emit_key(key)]),
             Order::AddServer(key, addr, settings) => (
                 command::NEW_SERVER,
-                vec![key.emit(), RealServer::emit(addr, settings)],
+                vec![emit_key(key), RealServer::emit(addr, settings)],
             ),
             Order::SetServer(key, addr, settings) => (
                 command::SET_SERVER,
-                vec![key.emit(), RealServer::emit(addr, settings)],
+                vec![emit_key(key), RealServer::emit(addr, settings)],
             ),
             Order::DeleteServer(key, addr) => (
                 command::DELETE_SERVER,
-                vec![key.emit(), RealServer::emit_key(addr)],
+                vec![emit_key(key), RealServer::emit_key(addr)],
             ),
-            Order::Zero(key) => (command::ZERO, vec![key.emit()]),
+            Order::Zero(key) => (command::ZERO, vec![emit_key(key)]),
         };
         self.message(command, &attributes)
     }

@@ -17,7 +17,8 @@ mod stats;
 mod timeouts;
 
 pub use client::{Client, Order};
+pub use ferrule_model::service::ServiceKey;
 pub use server::{ForwardMethod, RealServer, ServerSettings, Tunnel};
-pub use service::{Service, ServiceFlags, ServiceKey, ServiceSettings};
+pub use service::{Service, ServiceFlags, ServiceSettings};
 pub use stats::Stats;
 pub use timeouts::{Info, Timeouts};

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use ferrule_model::address::{Family, FrontendAddr, Protocol};
+use ferrule_model::service::ServiceKey;
 use ferrule_netlink::Error;
 use netlink_packet_core::DefaultNla;
 
@@ -29,57 +30,23 @@ const STATS: u16 = 10;
 const ENGINE: u16 = 11;
 const STATS64: u16 = 12;
 
-/// What packets a virtual service takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ServiceKey {
-    /// Those for an address, port and protocol.
-    Address(FrontendAddr),
-    /// Those of a family that carry a firewall mark; the whole mark is compared.
-    Mark {
-        /// The family.
-        family: Family,
-        /// The mark, never 0.
-        mark: u32,
-    },
-}
-
-impl ServiceKey {
-    /// Family of the virtual service.
-    #[must_use]
-    pub fn family(&self) -> Family {
-        match self {
-            Self::Address(addr) => Family::of(addr.ip),
-            Self::Mark { family, .. } => *family,
+fn put_key(key: &ServiceKey, attributes: &mut Attributes) {
+    put_family(attributes, FAMILY, key.family());
+    match key {
+        ServiceKey::Address(addr) => {
+            put_u16(attributes, PROTOCOL, addr.protocol.number().into());
+            put_address(attributes, ADDRESS, addr.ip);
+            put_port(attributes, PORT, addr.port);
         }
-    }
-
-    fn put(&self, attributes: &mut Attributes) {
-        put_family(attributes, FAMILY, self.family());
-        match self {
-            Self::Address(addr) => {
-                put_u16(attributes, PROTOCOL, addr.protocol.number().into());
-                put_address(attributes, ADDRESS, addr.ip);
-                put_port(attributes, PORT, addr.port);
-            }
-            Self::Mark { mark, .. } => put_u32(attributes, MARK, *mark),
-        }
-    }
-
-    /// The nested attribute that names the service and says nothing else.
-    pub(super) fn emit(&self) -> DefaultNla {
-        let mut attributes = Attributes::new();
-        self.put(&mut attributes);
-        nested(SERVICE, &attributes)
+        ServiceKey::Mark { mark, .. } => put_u32(attributes, MARK, *mark),
     }
 }
 
-impl fmt::Display for ServiceKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Address(addr) => addr.fmt(f),
-            Self::Mark { family, mark } => write!(f, "mark {mark:#x} ({family})"),
-        }
-    }
+/// The nested attribute that names the service and says nothing else.
+pub(super) fn emit_key(key: &ServiceKey) -> DefaultNla {
+    let mut attributes = Attributes::new();
+    put_key(key, &mut attributes);
+    nested(SERVICE, &attributes)
 }
 
 /// `IP_VS_SVC_F_*`.
@@ -163,7 +130,7 @@ impl Service {
     /// The nested attribute with key and settings.
     pub(super) fn emit(key: &ServiceKey, settings: &ServiceSettings) -> DefaultNla {
         let mut attributes = Attributes::new();
-        key.put(&mut attributes);
+        put_key(key, &mut attributes);
         put_text(&mut attributes, SCHEDULER, &settings.scheduler);
         let mask = !ServiceFlags::HASHED.0;
         let mut flags = settings.flags.0.to_ne_bytes().to_vec();
@@ -359,7 +326,7 @@ mod tests {
     #[test]
     fn unknown_attributes_are_passed_over_and_wrong_ones_named() {
         let mut attributes = Attributes::new();
-        keys()[0].put(&mut attributes);
+        put_key(&keys()[0], &mut attributes);
         attributes.push(DefaultNla::new(999, vec![1, 2, 3]));
         let read = Service::parse(&bytes(&nested(SERVICE, &attributes)));
         assert_eq!(read.unwrap().unwrap().key, keys()[0]);

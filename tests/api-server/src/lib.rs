@@ -2,7 +2,7 @@
 //!
 //! It holds objects as JSON and serves `list` and `watch` as the API's
 //! documentation describes them: pages with `continue`, `resourceVersion`,
-//! bookmarks, streaming lists, 410 for what is too old. It serves nothing else,
+//! bookmarks, streaming lists, 410 for what is too old. Events can be created. It serves nothing else,
 //! and whom it serves it asks for a token at most. [`Fault`]s make a request go
 //! wrong in a way of the test's choice.
 //!
@@ -11,6 +11,7 @@
 
 mod body;
 mod certificate;
+mod events;
 mod fault;
 mod serve;
 mod store;
@@ -52,6 +53,7 @@ pub struct ApiServer {
     faults: Mutex<Faults>,
     streaming: Mutex<Streaming>,
     token: Mutex<Option<String>>,
+    events: Mutex<Vec<Value>>,
     requests: AtomicU64,
     lists: AtomicU64,
     faults_made: AtomicU64,
@@ -70,6 +72,7 @@ impl ApiServer {
             faults: Mutex::default(),
             streaming: Mutex::new(streaming),
             token: Mutex::default(),
+            events: Mutex::default(),
             requests: AtomicU64::default(),
             lists: AtomicU64::default(),
             faults_made: AtomicU64::default(),
@@ -155,7 +158,10 @@ impl ApiServer {
     }
 
     /// Answers a request.
-    pub async fn answer<B>(self: Arc<Self>, request: Request<B>) -> Response<Body> {
+    pub async fn answer<B>(self: Arc<Self>, request: Request<B>) -> Response<Body>
+    where
+        B: hyper::body::Body,
+    {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let (fault, patience) = {
             let mut faults = lock(&self.faults);
@@ -195,11 +201,10 @@ impl ApiServer {
             }
         }
         let Some(resource) = Resource::of_path(request.uri().path()) else {
-            return refused(
-                404,
-                "the server could not find the requested resource",
-                None,
-            );
+            return self.of_namespace(request).await.unwrap_or_else(|| {
+                let words = "the server could not find the requested resource";
+                refused(404, words, None)
+            });
         };
         let query = Query::parse(request.uri().query().unwrap_or_default());
         if query.get("resourceVersion").is_none() && query.get("continue").is_none() {

@@ -142,6 +142,12 @@ impl Store {
             namespace,
             name,
         };
+        if object["metadata"]["uid"].is_null() {
+            let known = self.objects.get(&key);
+            let known = known.map(|known| known["metadata"]["uid"].clone());
+            let uid = known.unwrap_or_else(|| format!("uid-{}", self.version).into());
+            object["metadata"]["uid"] = uid;
+        }
         let object = Arc::new(object);
         let before = self.objects.insert(key.clone(), Arc::clone(&object));
         self.log.push(Change {

@@ -19,6 +19,7 @@ usage: kernel-suite [OPTIONS] [FILTER ...]
   --group native|ipvs      only tests that need no more of the kernel; or that need IPVS
   --group counted          only tests that need a clock that counts; without a FILTER or
                            this they are left out
+  --part K/N               only the Kth of N parts of what is chosen otherwise
   --rounds N               run everything N times
   --list                   print names and groups, run nothing
 Environment: FERRULE_BIN_DIR (folder of ferrule-agent and ferrule), UPDATE_GOLDEN=1.
@@ -28,6 +29,7 @@ Environment: FERRULE_BIN_DIR (folder of ferrule-agent and ferrule), UPDATE_GOLDE
 struct Options {
     selection: Selection,
     rounds: Option<u32>,
+    part: Option<(usize, usize)>,
     list: bool,
     help: bool,
 }
@@ -58,6 +60,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Options>
         match argument.as_str() {
             "--filter" => options.selection.filters.push(value()?),
             "--without" => options.selection.without.push(value()?),
+            "--part" => options.part = Some(part(&value()?)?),
             "--exact" => options.selection.exact = true,
             "--group" => {
                 options.selection.group = Some(match value()?.as_str() {
@@ -80,16 +83,29 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Options>
     Ok(options)
 }
 
+/// Such as `1/2`.
+fn part(text: &str) -> anyhow::Result<(usize, usize)> {
+    let wrong = || format!("--part {text}: give K/N, such as 1/2");
+    let (first, parts) = text.split_once('/').with_context(wrong)?;
+    let (first, parts): (usize, usize) = (
+        first.parse().with_context(wrong)?,
+        parts.parse().with_context(wrong)?,
+    );
+    anyhow::ensure!((1..=parts).contains(&first), wrong());
+    Ok((first, parts))
+}
+
 fn run(options: &Options) -> anyhow::Result<bool> {
     let mut out = io::stdout();
     if options.help {
         out.write_all(USAGE.as_bytes())?;
         return Ok(true);
     }
-    let chosen: Vec<Test> = cases::all()
-        .into_iter()
-        .filter(|test| options.selection.has(test))
-        .collect();
+    let chosen = cases::all().into_iter();
+    let chosen = chosen.filter(|test| options.selection.has(test));
+    let (first, step) = options.part.unwrap_or((1, 1));
+    // Neighbours are alike: each part gets some of every kind.
+    let chosen: Vec<Test> = chosen.skip(first - 1).step_by(step).collect();
     if chosen.is_empty() {
         bail!("no test is called so; --list names them");
     }

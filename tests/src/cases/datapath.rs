@@ -11,7 +11,7 @@ use crate::pod::Pod;
 use crate::sock::TRANSPORTS;
 use crate::{dump, golden, wait};
 
-const EVERY_FEATURE: &str = include_str!("../../scenarios/every-feature/manifests.yaml");
+const EVERY_FEATURE: &str = include_str!("../../golden/every-feature.manifests.yaml");
 
 /// A Service with all that there is, read back by the operators' tools.
 pub(super) fn every_feature(context: &mut Context) -> anyhow::Result<()> {

@@ -14,8 +14,8 @@ use crate::{dump, golden, wait};
 /// Longer than the longest pause before another try, by what an emulated machine needs.
 const RETRIED: Duration = Duration::from_secs(90);
 
-/// Changes of other Services, so many that the pause has grown to its longest.
-const CHANGES: u8 = 12;
+/// Tries in vain while other Services change, so many that the pause has grown to seconds.
+const TRIES: u64 = 7;
 
 /// A VIP that cannot be bound is told, other Services are served, and it is tried
 /// again in its time though they change all the while.
@@ -50,7 +50,15 @@ pub(super) fn other_changes_do_not_put_off_a_retry(context: &mut Context) -> any
         })?;
         Ok(())
     };
-    for _ in 0..CHANGES {
+    let tries = || -> anyhow::Result<u64> {
+        let told = status(context, &node)?;
+        let problems = told["problems"].as_array().cloned().unwrap_or_default();
+        let tries = problems.iter().filter_map(|one| one["attempts"].as_u64());
+        Ok(tries.max().unwrap_or(0))
+    };
+    let began = Instant::now();
+    while tries()? < TRIES {
+        ensure!(began.elapsed() < RETRIED, "it is not tried again");
         change()?;
     }
     no_ipv6(0)?;

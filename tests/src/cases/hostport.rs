@@ -18,7 +18,7 @@ use crate::link::batch;
 use crate::netns::Netns;
 use crate::node::Node;
 use crate::pod::{Pod, Reply};
-use crate::sock::Server;
+use crate::sock::{Server, Transport, WILDCARDS};
 use crate::{dump, golden, wait};
 
 /// A port on every address, and one on [`UPLINK`]'s IPv4 address alone.
@@ -47,6 +47,11 @@ pub(super) fn answered_on_every_node_address(context: &mut Context) -> anyhow::R
     let at = own.iter().map(|ip| SocketAddr::new(*ip, PORT));
     let _host = Server::at(node.netns(), "host", &at.collect::<Vec<_>>())?;
     let mapped = Mapped::create(context, node, "mapped", &everywhere())?;
+    let sctp = WILDCARDS.into_iter().map(|ip| {
+        let address = SocketAddr::new(ip, world::TARGET);
+        Server::start(mapped.pod.netns(), "mapped", Transport::Sctp, address)
+    });
+    let _sctp: Vec<Server> = sctp.collect::<anyhow::Result<_>>()?;
     let beyond = ips(OUTSIDE)?;
     let target = || Target::new("the host port", own, PORT);
     let narrow = |what: &str, ips: &[IpAddr]| Target::new(what, ips, NARROW);
@@ -65,6 +70,11 @@ pub(super) fn answered_on_every_node_address(context: &mut Context) -> anyhow::R
         Row::refused(outside, narrow("another address", &own[1..])),
     ];
     rows::check(&rows, &mapped.servers)?;
+    for (ip, client) in own.iter().zip(beyond.iter().cycle()) {
+        let to = SocketAddr::new(*ip, PORT);
+        let (by, saw) = world::ask(outside, Transport::Sctp, to)?;
+        ensure!(by == "mapped" && saw.ip() == *client, "{by} saw {saw}");
+    }
 
     let late = ips(["192.0.2.101", "2001:db8::101"])?;
     let late_row = || Target::new("a new address", &late, PORT);
@@ -344,6 +354,7 @@ fn everywhere() -> Value {
     json!([
         entry(PORT, "tcp", ""),
         entry(PORT, "UDP", ""),
+        entry(PORT, "SCTP", ""),
         entry(NARROW, "tcp", UPLINK[0]),
         entry(NARROW, "udp", UPLINK[0]),
     ])

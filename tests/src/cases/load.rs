@@ -14,10 +14,11 @@ use crate::netns::Netns;
 use crate::sock::{ANSWER, Outcome, Request, TRANSPORTS};
 use crate::wait;
 
-/// The clients' ports. Each request has one that none had before it: from a port
-/// that was used towards two Services with one backend, IPVS cannot tell the
-/// replies of the older connection from those of the newer.
-const PORTS: Range<u16> = 16_384..60_000;
+/// The clients' ports. Each call of a Service has one that none had before it: from a
+/// port that was used towards two Services with one backend, IPVS cannot tell the
+/// replies of the older connection from those of the newer. None of them is one that
+/// the kernel gives to others, or that the agent listens on.
+const PORTS: Range<u16> = 11_000..32_768;
 
 /// Requests that go on until they are stopped.
 pub(super) struct Load {
@@ -38,16 +39,9 @@ impl Load {
         let thread = client.thread(move || {
             let mut ports = PORTS;
             while !stop.load(Ordering::Relaxed) {
-                for to in services.iter().flat_map(|number| world::vips(*number)) {
-                    for transport in TRANSPORTS {
-                        let to = SocketAddr::new(to, 80);
-                        let port = ports.next().context("the load has used all ports")?;
-                        let request = Request::new(transport, to).bound_to(Some(port));
-                        match request.send_here(ANSWER)? {
-                            Outcome::Answered { .. } => {}
-                            other => bail!("{transport:?} {to} from port {port}: {other:?}"),
-                        }
-                    }
+                for number in &services {
+                    let port = ports.next().context("the load has used all ports")?;
+                    call(*number, port)?;
                 }
                 count.fetch_add(1, Ordering::Relaxed);
             }
@@ -82,6 +76,20 @@ impl Load {
             None => Ok(()),
         }
     }
+}
+
+/// One request over each transport and family, all from one port.
+fn call(service: u8, port: u16) -> anyhow::Result<()> {
+    for to in world::vips(service).map(|vip| SocketAddr::new(vip, 80)) {
+        for transport in TRANSPORTS {
+            let request = Request::new(transport, to).bound_to(Some(port));
+            match request.send_here(ANSWER)? {
+                Outcome::Answered { .. } => {}
+                other => bail!("{transport:?} {to} from port {port}: {other:?}"),
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Load {

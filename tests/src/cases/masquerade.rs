@@ -12,7 +12,7 @@ use anyhow::{Context as _, ensure};
 
 use super::rows::{self, Row, Target};
 use super::segment::{self, EXTERNAL, NODE_A, NODE_B, TRUSTED, TwoNodes};
-use super::world::{self, Backend, Endpoint, TARGET};
+use super::world::{self, Backend, Endpoint, READY, TARGET};
 use crate::context::Context;
 use crate::node::Node;
 use crate::pod::Pod;
@@ -338,7 +338,11 @@ impl Scene {
 
     fn services(&self) -> anyhow::Result<String> {
         let [beyond, host_a, host_b] = [EXTERNAL, NODE_A, NODE_B].map(segment::ips);
-        let on = |ips, node| Endpoint { ips, node };
+        let on = |ips, node| Endpoint {
+            ips,
+            node,
+            conditions: READY,
+        };
         let near = || on(self.backend_a.pod.ips(), Some("node-a"));
         let far = || on(self.backend_b.pod.ips(), Some("node-b"));
         let mut yaml = String::new();

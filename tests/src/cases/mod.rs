@@ -5,33 +5,42 @@ use std::time::Duration;
 
 use crate::context::Context;
 use crate::runner::{Group, Test};
+use crate::scenario;
 
 mod audit;
 mod bandwidth;
+mod binding;
 mod chain;
 mod churn;
+mod cleanup;
 mod codec;
 mod datapath;
+mod drain;
 mod faults;
 mod foreign;
 mod guard;
 mod hostport;
+mod kube_proxy;
 mod library;
 mod load;
 mod manifests;
 mod masquerade;
 mod nodeport;
 mod pods;
+mod reload;
 mod restart;
+mod rolling;
 mod routes;
 mod rows;
 mod runtime;
+mod scheduler;
 mod segment;
 mod soak;
 mod socket;
 mod source;
 mod start;
 mod status;
+mod trace;
 mod walk;
 pub(crate) mod world;
 
@@ -43,7 +52,10 @@ pub fn all() -> Vec<Test> {
         within_a_node(),
         starts(),
         through_an_api(),
+        leaving(),
         beyond_a_node(),
+        bindings(),
+        scenario::tests(),
         with_a_runtime(),
         by_the_counting_clock(),
     ]
@@ -97,6 +109,11 @@ fn pods_and_socket() -> Vec<Test> {
             5,
             hostport::not_where_services_cannot_be,
         ),
+        native(
+            "kube-proxy/served-where-it-did",
+            5,
+            kube_proxy::served_where_kube_proxy_did,
+        ),
         native("socket/survives-garbage", 10, socket::survives_garbage),
         native("socket/refuses-other-users", 2, socket::refuses_other_users),
     ]
@@ -123,9 +140,19 @@ fn within_a_node() -> Vec<Test> {
             manifests::broken_yaml_keeps_the_last_good_state,
         ),
         ipvs(
+            "scheduler/a-change-breaks-no-connection",
+            10,
+            scheduler::a_change_breaks_no_connection,
+        ),
+        ipvs(
             "guard/host-ports-hide-behind-vips",
             15,
             guard::host_ports_hide_behind_vips,
+        ),
+        ipvs(
+            "trace/live-names-the-broken-step",
+            15,
+            trace::live_names_the_broken_step,
         ),
         ipvs("guard/no-moment-is-open", 10, guard::no_moment_is_open),
         ipvs(
@@ -154,6 +181,11 @@ fn within_a_node() -> Vec<Test> {
             source::an_api_gives_what_manifests_give,
         ),
         ipvs("foreign/objects-survive", 10, foreign::objects_survive),
+        ipvs(
+            "kube-proxy/its-settings-reach-the-kernel",
+            10,
+            kube_proxy::its_settings_reach_the_kernel,
+        ),
         ipvs("audit/damage-is-put-right", 20, audit::damage_is_put_right),
         ipvs(
             "status/docs-show-a-real-node",
@@ -226,7 +258,7 @@ fn through_an_api() -> Vec<Test> {
         ),
         ipvs(
             "source/every-scenario-through-both",
-            20,
+            source::scenarios::minutes(),
             source::scenarios::every_scenario_through_both,
         ),
         ipvs(
@@ -238,6 +270,50 @@ fn through_an_api() -> Vec<Test> {
             "source/outlives-a-misbehaving-api",
             source::misbehaving::minutes(),
             source::misbehaving::outlives_a_misbehaving_api,
+        ),
+    ]
+}
+
+fn leaving() -> Vec<Test> {
+    let ipvs = |name, minutes, run| test(name, Group::Ipvs, minutes, run);
+    vec![
+        ipvs(
+            "drain/a-connection-outlives-its-endpoint",
+            10,
+            drain::a_connection_outlives_its_endpoint,
+        ),
+        ipvs(
+            "drain/the-last-backend-keeps-its-connections",
+            10,
+            drain::the_last_backend_keeps_its_connections,
+        ),
+        ipvs(
+            "drain/connections-end-with-who-is-behind-them",
+            10,
+            drain::connections_end_with_who_is_behind_them,
+        ),
+        test(
+            "drain/time-outs-at-their-length",
+            Group::Counted,
+            // Of its own clock; most of that is skipped.
+            120,
+            drain::time_outs_at_their_length,
+        ),
+        ipvs(
+            "reload/a-change-takes-effect-live",
+            10,
+            reload::a_change_takes_effect_live,
+        ),
+        ipvs(
+            "cleanup/a-node-is-left-as-it-was-found",
+            10,
+            cleanup::a_node_is_left_as_it_was_found,
+        ),
+        ipvs("drain/a-flow-of-udp-moves", 10, drain::a_flow_of_udp_moves),
+        ipvs(
+            "rolling/no-request-fails",
+            rolling::minutes(),
+            rolling::no_request_fails,
         ),
     ]
 }
@@ -317,6 +393,36 @@ fn beyond_a_node() -> Vec<Test> {
             "walk/kernel-equals-plan",
             walk::minutes(),
             walk::kernel_equals_plan,
+        ),
+    ]
+}
+
+fn bindings() -> Vec<Test> {
+    let ipvs = |name, run| test(name, Group::Ipvs, 10, run);
+    vec![
+        ipvs(
+            "binding/every-way-serves-every-client",
+            binding::every_way_serves_every_client,
+        ),
+        ipvs(
+            "binding/a-route-gives-processes-of-the-node-their-source",
+            binding::a_route_gives_processes_of_the_node_their_source,
+        ),
+        ipvs(
+            "binding/a-switch-under-load-loses-nothing",
+            binding::a_switch_under_load_loses_nothing,
+        ),
+        ipvs(
+            "binding/no-neighbour-learns-of-a-vip",
+            binding::no_neighbour_learns_of_a_vip,
+        ),
+        ipvs(
+            "binding/what-others-undo-is-made-again",
+            binding::what_others_undo_is_made_again,
+        ),
+        ipvs(
+            "binding/cleanup-removes-every-binding",
+            binding::cleanup_removes_every_binding,
         ),
     ]
 }

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
-use super::world::{self, Endpoint, TARGET};
+use super::world::{self, Endpoint, READY, TARGET};
 use crate::context::Context;
 use crate::node::Node;
 use crate::runtime::{Container, Runtime};
@@ -42,6 +42,7 @@ pub(super) fn containers_call_a_service(context: &mut Context) -> anyhow::Result
     let endpoints = ips.map(|ips| Endpoint {
         ips: ips.map_or(&[], Vec::as_slice),
         node: Some("node-a"),
+        conditions: READY,
     });
     node.write_manifest("web.yaml", &world::service("web", 10, 80))?;
     let slices = world::endpoint_slices("web", &endpoints)?;

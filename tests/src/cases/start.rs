@@ -180,6 +180,12 @@ fn versioned(context: &Context, good: &[u8]) -> anyhow::Result<Vec<u8>> {
 pub(super) fn a_second_agent_is_refused(context: &mut Context) -> anyhow::Result<()> {
     let node = Node::create(context, "node-a")?;
     node.start()?;
+    // It listens before it has made its settings, which it notes on disk.
+    wait::until_ok("the first agent's settings", wait::SETTLED, || {
+        let record = fs::read_to_string(node.state().join("sysctls.json"))?;
+        ensure!(record.contains("ipv6/conf/all/forwarding"), "{record}");
+        Ok(())
+    })?;
     let own = |name: &str| context.folder().join(name);
     let state = ("--state-dir", own("state"));
     let socket = ("--socket", own("agent.sock"));
@@ -217,7 +223,10 @@ pub(super) fn a_second_agent_is_refused(context: &mut Context) -> anyhow::Result
     // A stranger who takes the name keeps no agent from starting.
     elsewhere.stop()?;
     let name = "ferrule-agent/--nft-table/ferrule";
-    let _stranger = elsewhere.netns().run(|| as_nobody(name))?;
+    // A program that the agent has started may have its sockets for a moment longer.
+    let _stranger = wait::for_some("the name of the stopped agent", wait::SETTLED, || {
+        Ok(elsewhere.netns().run(|| as_nobody(name)).ok())
+    })?;
     elsewhere.start()?;
     ensure!(
         elsewhere.log()?.contains("a stranger's socket"),

@@ -32,7 +32,10 @@ pub(super) fn docs_show_a_real_node(context: &mut Context) -> anyhow::Result<()>
     world::wait_for_service(client.netns(), 10, 80)?;
     world::wait_for_service(&outside, 10, 80)?;
     let node_port = SocketAddr::from(([192, 0, 2, 1], 30_080));
-    world::ask(&outside, Transport::Tcp, node_port)?;
+    // The node's addresses may be known a moment after the first Services.
+    wait::until_ok("an answer at the node port", wait::SETTLED, || {
+        world::ask(&outside, Transport::Tcp, node_port).map(drop)
+    })?;
     let [vip, _] = world::vips(10);
     let nobody = Request::new(Transport::Tcp, SocketAddr::new(vip, 81));
     let outcome = nobody.send(client.netns(), SILENCE)?;
@@ -49,7 +52,7 @@ pub(super) fn docs_show_a_real_node(context: &mut Context) -> anyhow::Result<()>
     let bad = world::service("cache", 12, 80).replace("port: 80,", "port: 70000,");
     node.write_manifest("cache.yaml", &bad)?;
     let sticky = world::service("legacy", 13, 80);
-    let sticky = sticky.replace("spec:\n", "spec:\n  sessionAffinity: ClientIP\n");
+    let sticky = sticky.replace("spec:\n", "spec:\n  sessionAffinity: clientip\n");
     node.write_manifest("legacy.yaml", &sticky)?;
     let small = manifest(
         "node-a",

@@ -68,7 +68,11 @@ spec:
 pub(super) struct Endpoint<'a> {
     pub(super) ips: &'a [IpAddr],
     pub(super) node: Option<&'a str>,
+    pub(super) conditions: &'a str,
 }
+
+/// Conditions of an endpoint that takes connections.
+pub(super) const READY: &str = "ready: true";
 
 /// The EndpointSlices of such a Service, one for each family, as YAML, with pods
 /// of the first node.
@@ -76,6 +80,7 @@ pub(super) fn slices(service: &str, pods: &[&Pod]) -> anyhow::Result<String> {
     let of_pods = pods.iter().map(|pod| Endpoint {
         ips: pod.ips(),
         node: Some("node-a"),
+        conditions: READY,
     });
     endpoint_slices(service, &of_pods.collect::<Vec<_>>())
 }
@@ -106,12 +111,17 @@ endpoints:
             yaml.truncate(yaml.trim_end().len());
             yaml.push_str(" []\n");
         }
-        for Endpoint { ips, node } in endpoints {
+        for Endpoint {
+            ips,
+            node,
+            conditions,
+        } in endpoints
+        {
             let ip = ip_like(ips, like)?.to_string();
             let node = node.map_or(String::new(), |node| format!(", nodeName: {node}"));
             writeln!(
                 yaml,
-                "  - {{addresses: [{ip:?}], conditions: {{ready: true}}{node}}}"
+                "  - {{addresses: [{ip:?}], conditions: {{{conditions}}}{node}}}"
             )?;
         }
     }

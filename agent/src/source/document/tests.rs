@@ -441,3 +441,28 @@ fn broken_yaml_is_named_by_the_text_above() {
     let next = list.replace("   c: d\n", "- {\n");
     assert_eq!(parse(&next).errors[0].object, None);
 }
+
+#[test]
+fn a_node_leaves_by_its_deletion_or_the_autoscalers_taint() {
+    for (fields, leaves) in [
+        ("metadata: {name: a}\nspec: {taints: null}", false),
+        (
+            "metadata: {name: a}\nspec: {taints: [{key: other, effect: NoSchedule}]}",
+            false,
+        ),
+        (
+            "metadata: {name: a}\nspec: {taints: [{key: other}, {key: ToBeDeletedByClusterAutoscaler, value: \"17\"}]}",
+            true,
+        ),
+        (
+            "metadata: {name: a, deletionTimestamp: \"2026-01-01T00:00:00Z\"}",
+            true,
+        ),
+    ] {
+        let parsed = parse(&format!("apiVersion: v1\nkind: Node\n{fields}\n"));
+        let [Object::Node(node)] = parsed.objects.as_slice() else {
+            panic!("{parsed:?}");
+        };
+        assert_eq!(node.is_leaving(), leaves, "{fields}");
+    }
+}

@@ -12,6 +12,7 @@ use kube_client::config::{KubeConfigOptions, Kubeconfig};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::failure::chain;
+use crate::plain_file;
 
 /// The name in the certificate of every API server.
 const SERVICE_NAME: &str = "https://kubernetes.default.svc";
@@ -68,7 +69,7 @@ impl ServiceAccount {
         };
         let file = |name: &str| {
             let path = self.folder.join(name);
-            match std::fs::read(&path) {
+            match plain_file::check(&path).and_then(|()| std::fs::read(&path)) {
                 Ok(bytes) if !bytes.is_empty() => Ok((path, bytes)),
                 Ok(_) => Err(words(format!("{} is empty", path.display()))),
                 Err(error) => Err(words(format!("{}: {error}", path.display()))),
@@ -118,7 +119,12 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
         let words = words.lines().next().unwrap_or_default();
         wrong(format!("{words}; give a file that kubectl can work with"))
     };
+    plain_file::check(path).map_err(|error| wrong(error.to_string()))?;
     let kubeconfig = Kubeconfig::read_from(path).map_err(|error| words(&error))?;
+    for (field, path) in files(&kubeconfig) {
+        plain_file::check(Path::new(path))
+            .map_err(|error| wrong(format!("{field} {path}: {error}")))?;
+    }
     let options = KubeConfigOptions::default();
     let mut config = Config::from_custom_kubeconfig(kubeconfig.clone(), &options)
         .await
@@ -138,7 +144,8 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
     }
     // As kubectl does it: a file that can be read counts, and the token beside it if not.
     if let Some(path) = config.auth_info.token_file.take() {
-        match (std::fs::read(&path), &config.auth_info.token) {
+        let read = plain_file::check(Path::new(&path)).and_then(|()| std::fs::read(&path));
+        match (read, &config.auth_info.token) {
             (Ok(bytes), _) => {
                 let token = token(bytes).map_err(|problem| wrong(format!("{path}: {problem}")))?;
                 config.auth_info.token = Some(token);
@@ -162,6 +169,28 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
     // The environment's proxy is meant for others.
     config.proxy_url = None;
     Ok(config)
+}
+
+/// The files that a kubeconfig names and that are read with it, each with its field.
+/// A token's may be absent.
+fn files(kubeconfig: &Kubeconfig) -> impl Iterator<Item = (&'static str, &String)> {
+    let clusters = kubeconfig.clusters.iter();
+    let clusters = clusters.filter_map(|named| named.cluster.as_ref());
+    let authorities = clusters.filter_map(|cluster| {
+        let path = cluster.certificate_authority.as_ref()?;
+        Some(("certificate-authority", path))
+    });
+    let users = kubeconfig.auth_infos.iter();
+    let users = users.filter_map(|named| named.auth_info.as_ref());
+    let own = users.flat_map(|user| {
+        let certificate = user.client_certificate.as_ref();
+        let key = user.client_key.as_ref();
+        let certificate = certificate.map(|path| ("client-certificate", path));
+        certificate
+            .into_iter()
+            .chain(key.map(|path| ("client-key", path)))
+    });
+    authorities.chain(own)
 }
 
 /// Whether the cluster of the current context is behind a proxy.

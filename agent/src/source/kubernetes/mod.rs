@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 pub(crate) use self::credentials::{Credentials, ServiceAccount};
-pub(crate) use self::failure::chain;
+pub(crate) use self::failure::{Cause, Failure, chain};
 use self::reflector::{Away, News, Reflector, State};
 pub(crate) use self::servers::Servers;
 use super::{Report, Trouble, Update};
@@ -36,7 +36,7 @@ const KINDS: [Kind; 4] = [
 /// News that wait to be taken; a reflector that is faster waits.
 const NEWS: usize = 8;
 
-/// Objects that cannot be read and are named one by one.
+/// Objects of a kind that cannot be read and are named one by one.
 const NAMED: usize = 50;
 
 /// Follows the cluster until the receiver of the updates is gone.
@@ -97,11 +97,19 @@ fn say(kind: Kind, before: Option<&State>, now: &State) {
         (None, Some(_)) => info!(%kind, "the API is back"),
         (_, _) => {}
     }
-    for (name, words) in &now.unreadable {
-        let known = before.is_some_and(|state| state.unreadable.get(name) == Some(words));
-        if !known {
+    let news = now.unreadable.iter().filter(|(name, words)| {
+        before.is_none_or(|state| state.unreadable.get(name) != Some(words))
+    });
+    let mut unnamed = 0_usize;
+    for (index, (name, words)) in news.enumerate() {
+        if index < NAMED {
             warn!("{kind} {name}: {words}; its last good state stays in use");
+        } else {
+            unnamed += 1;
         }
+    }
+    if unnamed > 0 {
+        warn!(%kind, "{unnamed} more objects cannot be read; their last good states stay in use");
     }
 }
 
@@ -129,6 +137,13 @@ fn report(states: &BTreeMap<Kind, State>) -> Report {
                 remedy: "correct the field".to_owned(),
                 since: None,
             }
+        }));
+        let unnamed = state.unreadable.len().saturating_sub(NAMED);
+        report.troubles.extend((unnamed > 0).then(|| Trouble {
+            object: kind.to_string(),
+            problem: format!("{unnamed} more cannot be read; their last good states stay in use"),
+            remedy: "correct what is wrong with those that are named; the others follow".to_owned(),
+            since: None,
         }));
     }
     report.troubles.extend(oldest.map(|away| Trouble {

@@ -8,12 +8,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime};
 
+use ferrule_api::status::cut;
 use ferrule_model::cluster::Event;
 use ferrule_model::kube::{Kind, ObjectKey};
 use ferrule_model::names::ObjectName;
 use hyper::StatusCode;
 use tokio::sync::mpsc;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, info};
 
 use super::failure::{Cause, Failure};
@@ -53,6 +54,10 @@ const LASTING: Duration = Duration::from_secs(10);
 
 /// How long a server may take to tell a whole list by watching.
 const LONGEST_LIST: Duration = Duration::from_mins(10);
+
+/// How long a watch must stand before a server that was away counts as back, if it
+/// has nothing to tell.
+const SETTLED: Duration = Duration::from_secs(2);
 
 /// Failures at one version after which everything is listed anew.
 const STUCK: u32 = 3;
@@ -251,7 +256,7 @@ impl Reflector {
                     let before = self.state.away.take();
                     self.state.away = Some(Away {
                         since: before.map_or_else(now, |away| away.since),
-                        words: failure.words,
+                        words: shortened(failure.words),
                         remedy: failure.remedy,
                     });
                     let asked = failure.retry_after.unwrap_or_default();
@@ -420,7 +425,6 @@ impl Reflector {
             watch_time(),
         );
         let (body, asked) = self.servers.get(&path).await?;
-        self.state.away = None;
         self.follow(Frames::new(body), asked).await
     }
 
@@ -431,7 +435,18 @@ impl Reflector {
             if !frames.has_line() {
                 self.flush().await?;
             }
-            let line = match frames.next(longest).await {
+            // A server that answers and breaks off is away still; one that has nothing to
+            // tell is not.
+            let next = if self.state.away.is_some() {
+                let Ok(next) = timeout(SETTLED, frames.next(longest)).await else {
+                    self.state.away = None;
+                    continue;
+                };
+                next
+            } else {
+                frames.next(longest).await
+            };
+            let line = match next {
                 Ok(Some(line)) => line,
                 Ok(None) => return Ok(()),
                 Err(failure) => {
@@ -439,9 +454,12 @@ impl Reflector {
                     return Err(Broken::Failed(failure));
                 }
             };
-            match wire::frame(self.kind, &line)
-                .map_err(|words| Broken::Failed(asked.named(Failure::nonsense(words))))?
-            {
+            let frame = wire::frame(self.kind, &line)
+                .map_err(|words| Broken::Failed(asked.named(Failure::nonsense(words))))?;
+            if !matches!(frame, Frame::Error(_)) {
+                self.state.away = None;
+            }
+            match frame {
                 Frame::Applied(Item {
                     resource_version, ..
                 })
@@ -493,7 +511,7 @@ impl Reflector {
             }
             // Its last good state stays.
             Err(words) => {
-                self.state.unreadable.insert(name, words);
+                self.state.unreadable.insert(name, shortened(words));
                 Ok(())
             }
         }
@@ -559,6 +577,12 @@ fn of_status(status: &wire::Status) -> Broken {
     } = status;
     let words = format!("the server gave the watch up: {code} {reason}: {message}");
     Broken::Failed(Failure::new(cause, words))
+}
+
+/// A server's own words may be long, and stand in the log and in `status`.
+fn shortened(mut words: String) -> String {
+    cut(&mut words);
+    words
 }
 
 fn now() -> u64 {

@@ -11,6 +11,8 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kube_client::client::{Body, ConfigExt as _};
 use kube_client::{Client, Config};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout};
 use tower::util::option_layer;
@@ -19,6 +21,7 @@ use tracing::{debug, warn};
 
 use super::credentials::{Credentials, url};
 use super::failure::{Cause, Failure, chain};
+use super::stream::whole;
 use super::wire;
 
 /// Time until a connection stands.
@@ -121,7 +124,7 @@ impl Servers {
 
     /// One that is reached without a network.
     #[cfg(test)]
-    pub(super) fn of(clients: Vec<(String, Client)>) -> Self {
+    pub(crate) fn of(clients: Vec<(String, Client)>) -> Self {
         Self::new(None, clients.into())
     }
 
@@ -161,25 +164,57 @@ impl Servers {
     /// another one, where there is one that may do better. Credentials that were
     /// refused have been read anew by then, and were tried.
     pub(crate) async fn get(&self, path: &str) -> Result<(Body, Asked), Failure> {
+        self.ask(&Question { path, body: None }).await
+    }
+
+    /// Asks for a path, and reads the whole answer as JSON.
+    ///
+    /// # Errors
+    /// As [`Servers::get`] has them, and an answer that breaks off or is no JSON.
+    pub(crate) async fn read<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        let (body, asked) = self.get(path).await?;
+        let body = whole(body)
+            .await
+            .map_err(|failure| self.broke_off(&asked, failure))?;
+        serde_json::from_slice(&body)
+            .map_err(|error| asked.named(Failure::nonsense(error.to_string())))
+    }
+
+    /// Has an object created in the collection at a path.
+    ///
+    /// # Errors
+    /// As [`Servers::get`] has them.
+    pub(crate) async fn post(&self, path: &str, object: &impl Serialize) -> Result<(), Failure> {
+        let body = serde_json::to_vec(object)
+            .map_err(|error| Failure::nonsense(format!("cannot be written: {error}")))?;
+        let body = Some(body.as_slice());
+        self.ask(&Question { path, body }).await.map(drop)
+    }
+
+    async fn ask(&self, question: &Question<'_>) -> Result<(Body, Asked), Failure> {
         self.renew_if_old().await;
         let clients = self.clients();
-        let mut failure = match self.get_once(&clients, path).await {
+        let mut failure = match self.ask_once(&clients, question).await {
             Ok(answer) => return Ok(answer),
             Err(failure) => failure,
         };
         if failure.asks_for_credentials() {
             match self.renew(&clients).await {
-                Ok(()) => return self.get_once(&self.clients(), path).await,
+                Ok(()) => return self.ask_once(&self.clients(), question).await,
                 Err(words) => failure.words = format!("{}; read anew: {words}", failure.words),
             }
         }
         Err(failure)
     }
 
-    async fn get_once(&self, clients: &Clients, path: &str) -> Result<(Body, Asked), Failure> {
+    async fn ask_once(
+        &self,
+        clients: &Clients,
+        question: &Question<'_>,
+    ) -> Result<(Body, Asked), Failure> {
         let index = self.0.current.load(Ordering::Relaxed) % clients.len();
         let (address, client) = &clients[index];
-        let mut failure = match ask(address, client, path).await {
+        let mut failure = match ask(address, client, question).await {
             Ok(answer) => {
                 let clients = Arc::clone(clients);
                 return Ok((answer.into_body(), Asked { clients, index }));
@@ -251,7 +286,11 @@ impl Servers {
     pub(crate) async fn try_each(&self, limit: Duration) -> Vec<(String, Result<(), Failure>)> {
         let clients = self.clients();
         let tries = clients.iter().map(|(address, client)| async move {
-            let answer = timeout(limit, ask(address, client, "/version")).await;
+            let version = Question {
+                path: "/version",
+                body: None,
+            };
+            let answer = timeout(limit, ask(address, client, &version)).await;
             let outcome = answer.unwrap_or_else(|_| {
                 let words = format!("{address}: no answer within {limit:?}");
                 Err(Failure::new(Cause::Unreachable, words))
@@ -293,14 +332,45 @@ impl Asked {
     }
 }
 
-async fn ask(address: &str, client: &Client, path: &str) -> Result<Response<Body>, Failure> {
-    let request = Request::get(path)
-        .header(header::ACCEPT, "application/json")
-        .body(Body::empty());
-    let request = request.map_err(|error| {
-        let words = format!("cannot ask for {path}: {error}");
-        Failure::new(Cause::Nonsense, words)
-    })?;
+/// What a server is asked: for what is at a path, or to create something there.
+struct Question<'a> {
+    path: &'a str,
+    body: Option<&'a [u8]>,
+}
+
+impl Question<'_> {
+    fn request(&self) -> Result<Request<Body>, Failure> {
+        let request = match self.body {
+            None => Request::get(self.path)
+                .header(header::ACCEPT, "application/json")
+                .body(Body::empty()),
+            Some(body) => Request::post(self.path)
+                .header(header::ACCEPT, "application/json")
+                .header(header::CONTENT_TYPE, "application/json")
+                .body(body.to_vec().into()),
+        };
+        request.map_err(|error| {
+            let words = format!("cannot ask for {}: {error}", self.path);
+            Failure::new(Cause::Nonsense, words)
+        })
+    }
+
+    /// The only code of success. Part of a list, or none, would pass for a cluster
+    /// with less in it.
+    fn success(&self) -> StatusCode {
+        match self.body {
+            None => StatusCode::OK,
+            Some(_) => StatusCode::CREATED,
+        }
+    }
+}
+
+async fn ask(
+    address: &str,
+    client: &Client,
+    question: &Question<'_>,
+) -> Result<Response<Body>, Failure> {
+    let request = question.request()?;
     let answer = match timeout(ANSWER, client.send(request)).await {
         Ok(Ok(answer)) => answer,
         Ok(Err(error)) => return Err(Failure::of_request(address, &error)),
@@ -309,8 +379,7 @@ async fn ask(address: &str, client: &Client, path: &str) -> Result<Response<Body
             return Err(Failure::new(Cause::Unreachable, words));
         }
     };
-    // Part of an answer, or none, would pass for a cluster with less in it.
-    if answer.status() == StatusCode::OK {
+    if answer.status() == question.success() {
         return Ok(answer);
     }
     Err(refusal(address, answer).await)

@@ -61,10 +61,13 @@ pub(crate) enum Frame {
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Status {
     /// HTTP code.
+    #[serde(deserialize_with = "nullable")]
     pub(crate) code: u16,
     /// One word for programs.
+    #[serde(deserialize_with = "nullable")]
     pub(crate) reason: String,
     /// A sentence for people.
+    #[serde(deserialize_with = "nullable")]
     pub(crate) message: String,
     /// More for programs.
     pub(crate) details: Option<Details>,
@@ -83,7 +86,15 @@ pub(crate) struct Details {
 #[serde(default)]
 pub(crate) struct StatusCause {
     /// One word for programs.
+    #[serde(deserialize_with = "nullable")]
     pub(crate) reason: String,
+}
+
+/// What is `null` is as good as absent.
+fn nullable<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 impl Status {
@@ -350,6 +361,16 @@ fn shortened(words: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Go's servers leave out what is empty, others write `null`.
+    #[test]
+    fn an_error_may_have_null_where_it_has_nothing_to_say() {
+        let line = br#"{"type":"ERROR","object":{"kind":"Status","code":410,"reason":null,"message":null,"details":null}}"#;
+        let Frame::Error(status) = frame(Kind::Service, line).unwrap() else {
+            panic!("no error");
+        };
+        assert_eq!((status.code, status.reason.as_str()), (410, ""));
+    }
 
     /// What proxies and other servers answer in the place of a list would take away all
     /// that is known.

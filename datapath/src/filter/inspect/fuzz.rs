@@ -2,14 +2,17 @@
 
 use super::super::elements;
 use super::{
-    CHAIN_MOVING, Counters, GENERATION_ID, SET_FLAGS, attributes_of, element_hashes, find,
-    hash_without, number, of_table, read_counter, rule_hash, table_flags,
+    CHAIN_MOVING, Counters, FAMILY_INET, GENERATION_ID, SET_FLAGS, Table, attributes_of,
+    element_hashes, find, hash_without, number, read_counter, rule_hash, table_flags,
 };
 use ferrule_netlink::RawMessage;
 use std::collections::BTreeMap;
 
-/// Name of the table that answers are asked about.
-const TABLE_NAME: &str = "ferrule";
+/// The table that answers are asked about.
+const TABLE: Table<'_> = Table {
+    family: FAMILY_INET,
+    name: "ferrule",
+};
 
 /// Elements of one of our sets.
 ///
@@ -28,9 +31,9 @@ pub fn table(body: &[u8]) {
     let mut hashes = Vec::new();
     let _refused = element_hashes(&message, &mut hashes);
     assert!(hashes.len() <= body.len());
-    let _refused = table_flags(std::slice::from_ref(&message), TABLE_NAME);
+    let _refused = table_flags(std::slice::from_ref(&message), TABLE);
     let mut counters = Counters::new();
-    if read_counter(&message, TABLE_NAME, &mut counters).is_ok() {
+    if read_counter(&message, TABLE, &mut counters).is_ok() {
         assert!(counters.len() <= 1);
     }
     let Ok(attributes) = attributes_of(&message) else {
@@ -39,7 +42,7 @@ pub fn table(body: &[u8]) {
     for kind in [GENERATION_ID, SET_FLAGS] {
         let _refused = find(attributes, kind).and_then(|value| value.map(number).transpose());
     }
-    if let Ok(Some(attributes)) = of_table(&message, TABLE_NAME) {
+    if let Ok(Some(attributes)) = TABLE.attributes(&message) {
         let none = BTreeMap::new();
         let rule = rule_hash(attributes, &none);
         let chain = hash_without(attributes, &CHAIN_MOVING);

@@ -3,11 +3,12 @@
 
 use anyhow::{bail, ensure};
 use ferrule_api::{
-    Answer, Call, ErrorCode, HostPort, MAX_LINE, PodName, Reply, Request, VERSION, Wanted, decode,
-    encode,
+    Answer, Call, ErrorCode, HostPort, MAX_LINE, PodName, Reply, Request, TraceRequest, VERSION,
+    Wanted, decode, encode,
 };
 use ferrule_model::address::Protocol;
 use ferrule_model::names::{Attachment, ContainerId, IfName};
+use ferrule_model::trace::{Question, parse_from, parse_to};
 use serde_json::{Value, json};
 
 use crate::random::Random;
@@ -29,7 +30,7 @@ pub(super) fn call(random: &mut Random) -> anyhow::Result<Call> {
             .chance(60)
             .then(|| (*random.pick(&cursors)).to_owned())
     };
-    Ok(match random.below(5) {
+    Ok(match random.below(6) {
         0 => Call::Allocate(Box::new(Wanted {
             pod: random.chance(50).then(|| PodName {
                 namespace: "default".to_owned(),
@@ -49,10 +50,29 @@ pub(super) fn call(random: &mut Random) -> anyhow::Result<Call> {
         3 => Call::Frontends {
             after: cursor(random),
         },
+        4 => Call::Trace(Box::new(TraceRequest {
+            question: question(random)?,
+            live: random.chance(50),
+        })),
         _ => Call::Pods {
             after: cursor(random),
         },
     })
+}
+
+/// A packet, of whose device little is known.
+fn question(random: &mut Random) -> anyhow::Result<Question> {
+    let (from, to) = *random.pick(&[
+        ("10.244.1.2", "10.96.0.10:80/tcp"),
+        ("192.0.2.1", "192.0.2.1:30080/udp"),
+        ("fd00:10:244:1::2", "[fd00:10:96::a]:80/sctp"),
+    ]);
+    let device = random.chance(30).then(|| "uplink".to_owned().try_into());
+    Ok(Question::new(
+        parse_from(from)?,
+        parse_to(to)?,
+        device.transpose()?,
+    )?)
 }
 
 /// A host port, some of which make no sense.
@@ -255,7 +275,10 @@ pub(super) fn check_reply(line: &[u8], call: Option<&Call>) -> anyhow::Result<()
         | (Some(Call::Release { .. }), Answer::Released)
         | (Some(Call::Status), Answer::Status(_))
         | (Some(Call::Frontends { .. }), Answer::Frontends(_))
-        | (Some(Call::Pods { .. }), Answer::Pods(_)) => {}
+        | (Some(Call::Pods { .. }), Answer::Pods(_))
+        | (Some(Call::Trace(_)), Answer::Trace { .. }) => {}
+        (Some(Call::Trace(_)), Answer::Error(error))
+            if matches!(error.code, ErrorCode::BadRequest) && error.message.contains("device") => {}
         (Some(Call::Allocate(_)), Answer::Error(error))
             if matches!(error.code, ErrorCode::PoolExhausted | ErrorCode::NotReady) => {}
         (Some(Call::Allocate(_)), Answer::Error(error))
@@ -263,7 +286,7 @@ pub(super) fn check_reply(line: &[u8], call: Option<&Call>) -> anyhow::Result<()
                 error.code,
                 ErrorCode::BadRequest | ErrorCode::PortTaken | ErrorCode::Unsupported
             ) && error.message.contains("ort") => {}
-        (Some(Call::Status | Call::Frontends { .. }), Answer::Error(error))
+        (Some(Call::Status | Call::Frontends { .. } | Call::Trace(_)), Answer::Error(error))
             if error.code == ErrorCode::NotReady => {}
         (call, answer) => bail!("{call:?} was answered with {answer:?}"),
     }

@@ -75,9 +75,27 @@ pub(in crate::cases) fn a_large_cluster(context: &mut Context) -> anyhow::Result
         ensure!(server.largest_page() <= 500, "a page without a limit");
         let most = MEMORY.0 + count() * MEMORY.1;
         ensure!(usage.peak <= most, "more than {most} KiB");
+        the_loser_is_told(&server)?;
         node.stop()?;
     }
     Ok(())
+}
+
+/// A Service that claims another's address has an Event that says so.
+fn the_loser_is_told(server: &ApiServer) -> anyhow::Result<()> {
+    let mut late = service(0);
+    late["metadata"]["name"] = "late".into();
+    late["metadata"]["uid"] = "of-late".into();
+    late["metadata"]["creationTimestamp"] = "2026-02-01T00:00:00Z".into();
+    server.put(late)?;
+    wait::until_ok("an Event", wait::SETTLED, || {
+        let events = server.events();
+        let told = events.iter().any(|event| {
+            event["involvedObject"]["uid"] == "of-late" && event["reason"] == "AddressConflict"
+        });
+        ensure!(told, "{events:#?}");
+        Ok(())
+    })
 }
 
 /// Waits until the agent knows of so many Services and of every slice.

@@ -245,6 +245,7 @@ impl Trial<'_> {
         let protocol = match transport {
             Transport::Tcp => "TCP",
             Transport::Udp => "UDP",
+            Transport::Sctp => "SCTP",
         };
         *self.calls.entry(format!("{protocol} {to}")).or_default() += 1;
         Ok(())

@@ -21,6 +21,7 @@ use crate::api::Api;
 use crate::context::Context;
 use crate::link::batch;
 use crate::node::Node;
+use crate::random::{self, Random};
 use crate::{golden, netns, wait};
 
 /// No API holds two objects of one name.
@@ -30,6 +31,15 @@ const NOT_IN_AN_API: [&str; 1] = ["duplicate-object"];
 /// out of its manifests as well: a file of which a part cannot be read takes nothing
 /// away, where an API says itself what is gone.
 const HAS_MORE_THAN_AN_API: &str = "invalid-object";
+
+/// Repeats a sample.
+const SEED: &str = "FERRULE_SCENARIOS_SEED";
+
+/// How many scenarios a sample has.
+const SAMPLE: &str = "FERRULE_SCENARIOS";
+
+/// Scenarios unless told otherwise: each takes some seconds on an emulated machine.
+const USUAL: u64 = 8;
 
 /// Addresses that the scenarios' node has.
 const ADDRESSES: [&str; 4] = [
@@ -152,8 +162,19 @@ pub(super) fn key(object: &Value) -> Option<Key> {
     })
 }
 
-/// All of them, those with the same configuration side by side.
+/// Longest that so many take, in minutes.
+pub(in crate::cases) fn minutes() -> u64 {
+    let sample = random::from_environment(SAMPLE).ok().flatten();
+    10 + sample.unwrap_or(USUAL).min(200)
+}
+
+/// So many of them as are asked for, by chance, those with the same configuration side
+/// by side.
 fn scenarios() -> anyhow::Result<Vec<Scenario>> {
+    let seed = random::seed(SEED)?;
+    let sample = random::from_environment(SAMPLE)?.unwrap_or(USUAL);
+    say(&format!("{SEED}={seed} {SAMPLE}={sample}"))?;
+    let mut random = Random::new(seed);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent/tests/plan");
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -163,15 +184,20 @@ fn scenarios() -> anyhow::Result<Vec<Scenario>> {
         }
     }
     found.retain(|scenario| !NOT_IN_AN_API.contains(&scenario.name.as_str()));
+    ensure!(found.len() >= 54, "only {} scenarios", found.len());
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    let sample = usize::try_from(sample).unwrap_or(usize::MAX).max(1);
+    while found.len() > sample {
+        found.swap_remove(random.below(found.len()));
+    }
     found.sort_by(|a, b| (&a.config, &a.name).cmp(&(&b.config, &b.name)));
     for (number, scenario) in found.iter_mut().enumerate() {
         scenario.number = number;
     }
-    ensure!(found.len() >= 19, "only {} scenarios", found.len());
     Ok(found)
 }
 
-/// Each scenario follows another in a running agent, first as manifests, then
+/// Each of a sample of scenarios follows another in a running agent, first as manifests, then
 /// again as objects of an API; the kernel does not tell the two apart.
 pub(in crate::cases) fn every_scenario_through_both(context: &mut Context) -> anyhow::Result<()> {
     let scenarios = scenarios()?;

@@ -51,6 +51,34 @@ async fn an_outage_is_no_reason_to_list_anew() {
     assert_eq!(listener.gone, []);
 }
 
+/// A server that answers, and breaks every answer off, is away all the time; one that
+/// is back and has nothing to tell counts as back soon.
+#[tokio::test(start_paused = true)]
+async fn an_answer_alone_does_not_end_an_outage() {
+    let server = ApiServer::new(Streaming::Served);
+    server.put(service("first", 1)).unwrap();
+    let mut listener = Listener::to(&server);
+    listener.until_equal(&server).await;
+    server.set_faults(Faults::these(vec![Fault::Break(0); 10_000]));
+    server.end_watches();
+    // When watches are open that will break off, there is something to tell by them.
+    listener.listen(Duration::from_secs(10)).await;
+    server.put(service("second", 2)).unwrap();
+    listener.listen(Duration::from_secs(10)).await;
+    let away = |report: &Report| report.troubles.iter().any(|t| t.object == "Kubernetes API");
+    assert!(away(&listener.report), "{:?}", listener.report);
+    let end = tokio::time::Instant::now() + Duration::from_mins(10);
+    while let Ok(update) = tokio::time::timeout_at(end, listener.updates.recv()).await {
+        listener.take(update.expect("the source goes on"));
+        assert!(away(&listener.report), "it was said to be back");
+    }
+    server.set_faults(Faults::none());
+    listener.until_equal(&server).await;
+    // A watch of before breaks off at its bookmark, and there is a pause behind it.
+    listener.listen(Duration::from_mins(5)).await;
+    assert_eq!(listener.report, Report::default());
+}
+
 /// A server that stops to serve streaming lists, or another one that never did.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_streams_no_longer_is_listed_by_pages() {

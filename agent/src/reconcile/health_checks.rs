@@ -1,0 +1,71 @@
+//! Tells the health checks of load-balanced Services what to say.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ferrule_api::status::Problem;
+use tokio::sync::watch;
+
+use super::Reconciler;
+use super::faults::About;
+use crate::health::{self, Board, Check, Faults};
+
+/// The reconciler's end.
+#[derive(Debug)]
+pub(super) struct HealthChecks {
+    board: watch::Sender<Arc<Board>>,
+    faults: Faults,
+}
+
+impl HealthChecks {
+    pub(super) fn new() -> Self {
+        Self {
+            board: watch::Sender::new(Arc::default()),
+            faults: Faults::default(),
+        }
+    }
+
+    /// Serves them until the program ends.
+    pub(super) fn serve(&self) {
+        tokio::spawn(health::run(
+            self.board.subscribe(),
+            Arc::clone(&self.faults),
+        ));
+    }
+
+    pub(super) fn problems(&self) -> Vec<Problem> {
+        health::problems(&self.faults)
+    }
+}
+
+impl Reconciler {
+    /// Puts what holds now on the board, if that is news.
+    pub(super) fn tell_health_checks(&self) {
+        let desired = self.view.desired();
+        if desired.health_checks().is_empty() && self.health_checks.board.borrow().checks.is_empty()
+        {
+            return;
+        }
+        let mut checks = BTreeMap::new();
+        for (service, check) in desired.health_checks() {
+            // The API gives a port to one Service; of manifests the first by name has it.
+            checks.entry(check.port).or_insert_with(|| Check {
+                service: service.clone(),
+                local_endpoints: check.local_endpoints,
+            });
+        }
+        let board = Board {
+            checks,
+            node: desired.facts().node_ports.clone(),
+            vips: desired.served().map(|addr| (addr.ip, addr.port)).collect(),
+            healthy: self.complete && self.observed.is_some() && !self.faults.has(About::Kernel),
+        };
+        self.health_checks.board.send_if_modified(|known| {
+            let news = **known != board;
+            if news {
+                *known = Arc::new(board);
+            }
+            news
+        });
+    }
+}

@@ -1,0 +1,289 @@
+//! What of the kernel's settings we changed, and what was there before: kept on disk, so
+//! that it can be put back after the agent is gone.
+//!
+//! The first value that is found counts, through any number of starts of one boot; a boot
+//! begins with its own values.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+/// Where the kernel says which boot this is, below `/proc/sys`.
+const BOOT: &str = "kernel/random/boot_id";
+
+/// Only one thread writes the file at a time.
+static WRITING: Mutex<()> = Mutex::new(());
+
+/// A setting that was changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changed {
+    /// Path below `/proc/sys`.
+    pub key: String,
+    /// What was there first.
+    pub before: String,
+    /// What we wrote last.
+    pub value: String,
+}
+
+/// The file.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Content {
+    boot_id: String,
+    changed: Vec<Changed>,
+}
+
+/// The kernel's settings, and where changes of them are recorded.
+#[derive(Clone, Debug)]
+pub struct Sysctls {
+    /// Where `/proc/sys` is.
+    pub root: PathBuf,
+    /// The record; without one nothing is recorded.
+    pub record: Option<PathBuf>,
+}
+
+impl Sysctls {
+    /// Writes a setting if another value is there, and returns that.
+    pub(crate) fn write(&self, key: &str, value: &str) -> io::Result<Option<String>> {
+        let path = self.root.join(key);
+        let before = fs::read_to_string(&path)?.trim().to_owned();
+        if before == value {
+            return Ok(None);
+        }
+        self.note(key, &before, value);
+        fs::write(&path, value)?;
+        info!(sysctl = %path.display(), before, value, "set");
+        Ok(Some(before))
+    }
+
+    /// Everything that was changed in this boot.
+    ///
+    /// # Errors
+    /// When the record cannot be read.
+    pub fn changed(&self) -> io::Result<Vec<Changed>> {
+        Ok(self.content()?.changed)
+    }
+
+    fn boot_id(&self) -> String {
+        let id = fs::read_to_string(self.root.join(BOOT));
+        id.map(|id| id.trim().to_owned()).unwrap_or_default()
+    }
+
+    fn content(&self) -> io::Result<Content> {
+        let fresh = || Content {
+            boot_id: self.boot_id(),
+            changed: Vec::new(),
+        };
+        let Some(path) = &self.record else {
+            return Ok(fresh());
+        };
+        let text = match fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(fresh()),
+            Err(error) => return Err(error),
+        };
+        let content: Content = serde_json::from_slice(&text)?;
+        Ok(Some(content)
+            .filter(|content| content.boot_id == self.boot_id())
+            .unwrap_or_else(fresh))
+    }
+
+    /// Before the setting is written: what is not recorded could not be put back. Services
+    /// work without a record, so that it fails is no reason not to write.
+    fn note(&self, key: &str, before: &str, value: &str) {
+        let Some(path) = &self.record else {
+            return;
+        };
+        let _one_at_a_time = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+        let noted = self.content().and_then(|mut content| {
+            match content.changed.iter_mut().find(|one| one.key == key) {
+                Some(one) => value.clone_into(&mut one.value),
+                None => content.changed.push(Changed {
+                    key: key.to_owned(),
+                    before: before.to_owned(),
+                    value: value.to_owned(),
+                }),
+            }
+            replace(path, &serde_json::to_vec_pretty(&content)?)
+        });
+        if let Err(error) = noted {
+            warn!(
+                sysctl = key,
+                before,
+                %error,
+                "not recorded in {}; cleanup will not put it back",
+                path.display()
+            );
+        }
+    }
+
+    /// Puts back what was changed, the last first, unless somebody has changed it since, and
+    /// ends the record. What is needed still stays as it is, and in the record. Returns what
+    /// could not be put back, in words.
+    pub(crate) fn restore(&self, is_needed: impl Fn(&str) -> bool) -> Vec<String> {
+        let Some(path) = &self.record else {
+            return Vec::new();
+        };
+        let _one_at_a_time = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut content = match self.content() {
+            Ok(content) => content,
+            Err(error) => return vec![format!("{}: {error}", path.display())],
+        };
+        let changed = std::mem::take(&mut content.changed);
+        let (needed, changed): (Vec<_>, Vec<_>) =
+            changed.into_iter().partition(|one| is_needed(&one.key));
+        let mut problems = Vec::new();
+        for Changed { key, before, value } in changed.iter().rev() {
+            let file = self.root.join(key);
+            match fs::read_to_string(&file) {
+                Ok(present) if present.trim() == value => match fs::write(&file, before) {
+                    Ok(()) => info!(sysctl = %file.display(), value = before, "put back"),
+                    Err(error) => problems.push(format!("sysctl {}: {error}", file.display())),
+                },
+                Ok(present) => info!(
+                    sysctl = %file.display(),
+                    value = present.trim(),
+                    "left as somebody has set it since"
+                ),
+                // Its device or module is gone, and it with that.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => problems.push(format!("sysctl {}: {error}", file.display())),
+            }
+        }
+        if !problems.is_empty() {
+            return problems;
+        }
+        let ended = if needed.is_empty() {
+            fs::remove_file(path)
+        } else {
+            content.changed = needed;
+            serde_json::to_vec_pretty(&content)
+                .map_err(io::Error::from)
+                .and_then(|text| replace(path, &text))
+        };
+        match ended {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                vec![format!("{}: {error}", path.display())]
+            }
+            Ok(()) | Err(_) => Vec::new(),
+        }
+    }
+}
+
+/// Another content at once: a reader sees the one or the other.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let draft = path.with_extension("draft");
+    fs::write(&draft, content)?;
+    fs::rename(&draft, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Place {
+        _folder: tempfile::TempDir,
+        sysctls: Sysctls,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let root = folder.path().join("sys");
+            let place = Self {
+                sysctls: Sysctls {
+                    root,
+                    record: Some(folder.path().join("sysctls.json")),
+                },
+                _folder: folder,
+            };
+            place.put(BOOT, "first");
+            place.put("net/a", "0");
+            place.put("net/b", "0");
+            place
+        }
+
+        fn put(&self, key: &str, value: &str) {
+            let path = self.sysctls.root.join(key);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, format!("{value}\n")).unwrap();
+        }
+
+        fn get(&self, key: &str) -> String {
+            let text = fs::read_to_string(self.sysctls.root.join(key)).unwrap();
+            text.trim().to_owned()
+        }
+    }
+
+    #[test]
+    fn the_first_value_is_put_back() {
+        let place = Place::new();
+        assert_eq!(place.sysctls.write("net/a", "1").unwrap().unwrap(), "0");
+        assert_eq!(place.sysctls.write("net/a", "1").unwrap(), None);
+        // Somebody changed it, and the agent once more.
+        place.put("net/a", "5");
+        assert_eq!(place.sysctls.write("net/a", "2").unwrap().unwrap(), "5");
+        let changed = place.sysctls.changed().unwrap();
+        assert_eq!(changed.len(), 1);
+        assert_eq!((&*changed[0].before, &*changed[0].value), ("0", "2"));
+        assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
+        assert_eq!(place.get("net/a"), "0");
+        assert_eq!(place.sysctls.changed().unwrap(), []);
+    }
+
+    #[test]
+    fn what_others_have_set_since_stays() {
+        let place = Place::new();
+        place.sysctls.write("net/a", "1").unwrap();
+        place.sysctls.write("net/b", "1").unwrap();
+        place.put("net/b", "7");
+        fs::remove_file(place.sysctls.root.join("net/a")).unwrap();
+        assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
+        assert_eq!(place.get("net/b"), "7");
+    }
+
+    #[test]
+    fn what_is_needed_still_stays() {
+        let place = Place::new();
+        place.sysctls.write("net/a", "1").unwrap();
+        place.sysctls.write("net/b", "1").unwrap();
+        let problems = place.sysctls.restore(|key| key == "net/b");
+        assert_eq!(problems, Vec::<String>::new());
+        assert_eq!(
+            (place.get("net/a"), place.get("net/b")),
+            ("0".to_owned(), "1".to_owned())
+        );
+        assert_eq!(place.sysctls.changed().unwrap().len(), 1);
+        assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
+        assert_eq!(place.get("net/b"), "0");
+    }
+
+    #[test]
+    fn a_boot_begins_anew() {
+        let place = Place::new();
+        place.sysctls.write("net/a", "1").unwrap();
+        place.put(BOOT, "second");
+        place.put("net/a", "3");
+        assert_eq!(place.sysctls.changed().unwrap(), []);
+        place.sysctls.write("net/a", "1").unwrap();
+        assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
+        assert_eq!(place.get("net/a"), "3");
+    }
+
+    #[test]
+    fn a_damaged_record_stops_nothing_and_stays() {
+        let place = Place::new();
+        let path = place.sysctls.record.clone().unwrap();
+        fs::write(&path, "{").unwrap();
+        assert_eq!(place.sysctls.write("net/a", "1").unwrap().unwrap(), "0");
+        assert_eq!(place.get("net/a"), "1");
+        assert!(place.sysctls.changed().is_err());
+        let problems = place.sysctls.restore(|_| false);
+        assert!(problems[0].contains("sysctls.json"), "{problems:?}");
+        assert_eq!(fs::read_to_string(path).unwrap(), "{");
+    }
+}

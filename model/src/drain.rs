@@ -1,0 +1,194 @@
+//! Backends that leave and keep the connections that they have.
+//!
+//! A real server of TCP that is no longer wanted takes no new connections (weight 0), and
+//! goes when it has none left, when its pod is known to be gone, or after a bound. That is
+//! no function of the facts: it hangs on time and on what the kernel counts. So it stands
+//! beside the desired state, is told both, and an agent that starts finds it in the kernel
+//! again: what is there and not wanted drains.
+//!
+//! Real servers of UDP and SCTP go at once: nothing ends their flows, and clients would
+//! send to them for ever.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use crate::address::BackendAddr;
+use crate::cluster::ClusterState;
+use crate::observed::Observed;
+use crate::service::ServiceKey;
+
+/// A backend that leaves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drain {
+    /// When it began to leave.
+    pub since: Instant,
+    /// When it was first seen to be in no slice.
+    pub left: Option<Instant>,
+    /// The node that it was last said to be on.
+    pub node: Option<String>,
+    /// Whether its pod was being ended when it was last in a slice.
+    pub terminating: bool,
+    /// Whether it waits for its removal.
+    over: bool,
+}
+
+/// Why a drain ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum End {
+    /// It has no connections.
+    Idle,
+    /// Its pod was ended: what is left of its connections has nobody behind it.
+    PodGone,
+    /// Its node is gone, or cannot be reached as the cluster says.
+    NodeGone,
+    /// It has been out of all slices for as long as is allowed.
+    Bound,
+}
+
+impl End {
+    /// Every one.
+    pub const ALL: [Self; 4] = [Self::Idle, Self::PodGone, Self::NodeGone, Self::Bound];
+
+    /// The word for it in metrics and `status`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::PodGone => "podGone",
+            Self::NodeGone => "nodeGone",
+            Self::Bound => "bound",
+        }
+    }
+}
+
+/// Which backend of which virtual service.
+pub type Server = (ServiceKey, BackendAddr);
+
+/// The backends that leave.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Drains(BTreeMap<Server, Drain>);
+
+impl Drains {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// All of them, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&Server, &Drain)> {
+        self.0.iter()
+    }
+
+    /// Those that keep their connections still, in order.
+    pub fn live(&self) -> impl Iterator<Item = (&Server, &Drain)> {
+        self.0.iter().filter(|(_, drain)| !drain.over)
+    }
+
+    /// Since when a backend has been leaving.
+    #[must_use]
+    pub fn since(&self, server: &Server) -> Option<Instant> {
+        self.0.get(server).map(|drain| drain.since)
+    }
+
+    /// The backends of a virtual service that keep their connections still.
+    pub fn kept(&self, key: ServiceKey) -> impl Iterator<Item = BackendAddr> {
+        let of_key = self.of(key).filter(|(_, drain)| !drain.over);
+        of_key.map(|((_, backend), _)| *backend)
+    }
+
+    fn of(&self, key: ServiceKey) -> impl Iterator<Item = (&Server, &Drain)> {
+        let from = self.0.range((key, BackendAddr::LEAST)..);
+        from.take_while(move |((of, _), _)| *of == key)
+    }
+
+    /// Takes in which real servers of a virtual service the kernel has and nobody wants.
+    pub(crate) fn set(&mut self, key: ServiceKey, unwanted: &BTreeSet<BackendAddr>, now: Instant) {
+        let known: Vec<Server> = self.of(key).map(|(server, _)| *server).collect();
+        for server in known {
+            if !unwanted.contains(&server.1) {
+                self.0.remove(&server);
+            }
+        }
+        for backend in unwanted {
+            let server = (key, *backend);
+            self.0.entry(server).or_insert_with(|| Drain::new(now));
+        }
+    }
+
+    /// Forgets those that have ended and are gone from the kernel.
+    pub(crate) fn forget_gone(&mut self, observed: &Observed) {
+        self.0.retain(|(key, backend), drain| {
+            let service = observed.services.get(key);
+            let there = || service.is_some_and(|service| service.servers.contains_key(backend));
+            !drain.over || there()
+        });
+    }
+
+    /// Lets a drain end: its real server is to be removed.
+    pub(crate) fn end(&mut self, server: &Server) {
+        if let Some(drain) = self.0.get_mut(server) {
+            drain.over = true;
+        }
+    }
+
+    /// Takes in what the slices say of the backends that leave, and returns those whose
+    /// drain ends by that or by time. `is_gone` tells pods of this node that are no more.
+    pub(crate) fn look(
+        &mut self,
+        cluster: &ClusterState,
+        bound: Duration,
+        now: Instant,
+        is_gone: impl Fn(IpAddr) -> bool,
+    ) -> Vec<(Server, End)> {
+        let ips: BTreeSet<IpAddr> = self.live().map(|((_, backend), _)| backend.ip).collect();
+        if ips.is_empty() {
+            return Vec::new();
+        }
+        let listed = cluster.listed(&ips);
+        let mut ends = Vec::new();
+        for (server, drain) in self.0.iter_mut().filter(|(_, drain)| !drain.over) {
+            let ip = server.1.ip;
+            if let Some(listing) = listed.get(&ip) {
+                drain.left = None;
+                drain.terminating = listing.terminating;
+                if listing.node.is_some() {
+                    drain.node.clone_from(&listing.node);
+                }
+            } else {
+                drain.left.get_or_insert(now);
+            }
+            let node_gone = drain.node.as_deref().is_some_and(|n| cluster.is_lost(n));
+            let end = match drain.left {
+                _ if node_gone => Some(End::NodeGone),
+                Some(_) if drain.terminating || is_gone(ip) => Some(End::PodGone),
+                Some(left) if now.saturating_duration_since(left) >= bound => Some(End::Bound),
+                Some(_) | None => None,
+            };
+            ends.extend(end.map(|end| (*server, end)));
+        }
+        for (server, _) in &ends {
+            self.end(server);
+        }
+        ends
+    }
+}
+
+impl Drain {
+    fn new(now: Instant) -> Self {
+        Self {
+            since: now,
+            left: None,
+            node: None,
+            terminating: false,
+            over: false,
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! Who holds an address, what that gives and takes, and what of it is news.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ferrule_model::address::{Family, FrontendAddr, Protocol};
+use ferrule_model::cluster::Event;
+use ferrule_model::desired::{FrontendKind, HealthCheck, Scope};
+use ferrule_model::diff::{diff, diff_all};
+use ferrule_model::kube::{
+    AddressKind, AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind,
+    LoadBalancerIngress, Node, NodeAddress, Object, ObjectKey, SERVICE_NAME_LABEL, Service,
+    ServicePort, ServiceType,
+};
+use ferrule_model::names::ObjectName;
+use ferrule_model::network::Policy;
+use ferrule_model::observed::Observed;
+use ferrule_model::service::ServiceKey;
+use ferrule_model::source_nat::OwnAddress;
+use ferrule_model::time::Timestamp;
+use ferrule_model::view::NodeView;
+
+fn service(name: &str, cluster_ips: &[&str], external_ips: &[&str]) -> Service {
+    let mut service = Service::default();
+    name.clone_into(&mut service.metadata.name);
+    let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect();
+    service.spec.service_type = ServiceType::LoadBalancer;
+    service.spec.cluster_ips = owned(cluster_ips);
+    service.spec.external_ips = owned(external_ips);
+    "Local".clone_into(&mut service.spec.external_traffic_policy);
+    service.spec.ports = vec![ServicePort {
+        port: 80,
+        ..ServicePort::default()
+    }];
+    service
+}
+
+/// `r` ready, `t` terminating and serving.
+fn slice(name: &str, service: &str, endpoints: &[(&str, &str, char)]) -> EndpointSlice {
+    let mut slice = EndpointSlice::default();
+    name.clone_into(&mut slice.metadata.name);
+    let label = (SERVICE_NAME_LABEL.to_owned(), service.to_owned());
+    slice.metadata.labels = BTreeMap::from([label]);
+    let v6 = endpoints.iter().any(|(address, ..)| address.contains(':'));
+    slice.address_type = if v6 {
+        AddressType::IPv6
+    } else {
+        AddressType::IPv4
+    };
+    slice.ports = vec![EndpointPort {
+        port: Some(8080),
+        ..EndpointPort::default()
+    }];
+    let endpoints = endpoints.iter().map(|(address, node, state)| Endpoint {
+        addresses: vec![(*address).to_owned()],
+        node_name: Some((*node).to_owned()),
+        conditions: EndpointConditions {
+            ready: Some(*state == 'r'),
+            serving: Some(true),
+            terminating: Some(*state == 't'),
+        },
+        ..Endpoint::default()
+    });
+    slice.endpoints = endpoints.collect();
+    slice
+}
+
+fn told(object: Object) -> Event {
+    Event::Applied(Box::new(object))
+}
+
+fn view(events: impl IntoIterator<Item = Event>) -> NodeView {
+    let mut view = NodeView::new("n0", Policy::default());
+    view.take(events);
+    view
+}
+
+/// Carries out what a scope is about, and looks that nothing else was left to do.
+fn follow(view: &NodeView, kernel: &mut Observed, scope: &Scope) {
+    for change in diff(view.desired(), kernel, scope) {
+        kernel.record(&change);
+    }
+    assert_eq!(diff_all(view.desired(), kernel), vec![], "{scope:?}");
+}
+
+#[test]
+fn a_service_that_is_told_again_is_no_news() {
+    let web = service("web", &["10.96.0.1"], &["203.0.113.1"]);
+    let mut view = view([told(Object::Service(web.clone()))]);
+    let (scope, _) = view.take([told(Object::Service(web))]);
+    assert!(scope.is_empty(), "{scope:?}");
+}
+
+#[test]
+fn one_port_that_is_new_is_the_only_news() {
+    let mut web = service("web", &["10.96.0.1"], &[]);
+    let mut view = view([told(Object::Service(web.clone()))]);
+    web.spec.ports.push(ServicePort {
+        name: "more".to_owned(),
+        port: 81,
+        ..ServicePort::default()
+    });
+    let (scope, _) = view.take([told(Object::Service(web))]);
+    let more = FrontendAddr::new([10, 96, 0, 1].into(), 81, Protocol::Tcp);
+    assert_eq!(scope.frontends, [more].into());
+    assert!(!scope.is_empty());
+}
+
+#[test]
+fn a_scope_counts_what_it_names() {
+    let mut scope = Scope::default();
+    assert!(scope.is_empty());
+    let ip = |last| IpAddr::from([10, 96, 0, last]);
+    for (last, port) in [(1, 80), (1, 81), (2, 80)] {
+        scope.insert(FrontendAddr::new(ip(last), port, Protocol::Tcp));
+    }
+    scope.hairpins.insert(ip(9));
+    let marks = [1, 2, 3, 4].map(|mark| ServiceKey::Mark {
+        family: Family::IPv4,
+        mark,
+    });
+    for key in marks {
+        scope.insert_service(key);
+    }
+    // Three frontends, their two addresses, a hairpin and four marks.
+    assert_eq!(scope.len(), 10);
+    assert!(!scope.is_empty());
+}
+
+/// The same key is a node port first, and an external IP when the node has the
+/// address no more: then it is a VIP.
+#[test]
+fn an_address_that_leaves_the_node_can_be_a_vip() {
+    let ip: IpAddr = [192, 0, 2, 1].into();
+    let mut web = service("web", &["10.96.0.1"], &["192.0.2.1"]);
+    web.spec.ports[0].port = 30_080;
+    web.spec.ports[0].node_port = 30_080;
+    let mut view = view([told(Object::Service(web))]);
+    let key = FrontendAddr::new(ip, 30_080, Protocol::Tcp);
+    let own = OwnAddress {
+        ip,
+        link: "192.0.2.0/24".parse().unwrap(),
+        device: "eth0".to_owned(),
+    };
+    let mut kernel = Observed::default();
+    for change in diff_all(view.desired(), &kernel) {
+        kernel.record(&change);
+    }
+    for (own, kind) in [
+        (vec![own.clone()], FrontendKind::NodePort),
+        (vec![], FrontendKind::ExternalIP),
+        (vec![own], FrontendKind::NodePort),
+    ] {
+        let scope = view.set_own(own);
+        let frontend = view.desired().frontend(&key).unwrap();
+        assert_eq!(frontend.kind, kind);
+        assert_eq!(view.desired().is_vip(ip), kind == FrontendKind::ExternalIP);
+        follow(&view, &mut kernel, &scope);
+    }
+}
+
+/// Who moves addresses among nodes, such as keepalived, brings one to a device of this
+/// node, and takes it away: it is served all the time, and bound as long as no device has it.
+#[test]
+fn an_address_that_comes_to_a_device_is_served_and_no_vip() {
+    let ip: IpAddr = [203, 0, 113, 1].into();
+    let web = service("web", &["10.96.0.1"], &["203.0.113.1"]);
+    let slice = slice("web-4", "web", &[("10.244.1.1", "n0", 'r')]);
+    let mut view = view([
+        told(Object::Service(web)),
+        told(Object::EndpointSlice(slice)),
+    ]);
+    let own = OwnAddress {
+        ip,
+        link: "203.0.113.1/32".parse().unwrap(),
+        device: "eth0".to_owned(),
+    };
+    let key = FrontendAddr::new(ip, 80, Protocol::Tcp);
+    let mut kernel = Observed::default();
+    for change in diff_all(view.desired(), &kernel) {
+        kernel.record(&change);
+    }
+    for (own, bound) in [(vec![], true), (vec![own], false), (vec![], true)] {
+        let scope = view.set_own(own);
+        follow(&view, &mut kernel, &scope);
+        assert_eq!(view.desired().is_vip(ip), bound);
+        assert_eq!(kernel.guarded.contains(&ip), bound);
+        assert_eq!(kernel.allowed.contains(&key), bound);
+        assert!(kernel.services.contains_key(&key.into()));
+        assert!(kernel.external.contains(&key));
+    }
+}
+
+/// Bound here, it would cut this node off the other.
+#[test]
+fn the_address_of_another_node_is_left_to_it() {
+    let ip: IpAddr = [192, 0, 2, 2].into();
+    let web = service("web", &["10.96.0.1"], &["192.0.2.2", "203.0.113.1"]);
+    let mut view = view([told(Object::Service(web))]);
+    let mut kernel = Observed::default();
+    for change in diff_all(view.desired(), &kernel) {
+        kernel.record(&change);
+    }
+    let node = |address: &str| {
+        let mut node = Node::default();
+        node.metadata.name = "n2".to_owned();
+        node.status.addresses = vec![NodeAddress {
+            kind: AddressKind::InternalIP,
+            address: address.to_owned(),
+        }];
+        Event::Applied(Box::new(Object::Node(node)))
+    };
+    let gone = Event::Deleted(ObjectKey {
+        kind: Kind::Node,
+        name: ObjectName::new("", "n2"),
+    });
+    for (event, served) in [
+        (node("192.0.2.2"), false),
+        (node("192.0.2.3"), true),
+        (node("192.0.2.2"), false),
+        (gone, true),
+    ] {
+        let (scope, _) = view.take([event]);
+        follow(&view, &mut kernel, &scope);
+        assert_eq!(view.desired().is_vip(ip), served);
+        let said = view.desired().conditions().map(|said| said.to_string());
+        let theirs = said.filter(|said| said.contains("192.0.2.2 is an address of node n2"));
+        assert_eq!(theirs.count(), usize::from(!served));
+    }
+}
+
+/// The virtual service by mark of the one that loses goes with its last frontend, and
+/// comes back with it.
+#[test]
+fn who_wins_an_address_wins_the_internal_clients_too() {
+    let aged = |name: &str, cluster: &str, day: u8| {
+        let mut service = service(name, &[cluster], &["203.0.113.1"]);
+        service.metadata.creation_timestamp =
+            Timestamp::parse(&format!("2026-01-0{day}T00:00:00Z"));
+        Object::Service(service)
+    };
+    let endpoints = |service: &str, address: &str| {
+        Object::EndpointSlice(slice(service, service, &[(address, "n1", 'r')]))
+    };
+    let older = aged("older", "10.96.0.1", 1);
+    let events = [
+        aged("younger", "10.96.0.2", 2),
+        endpoints("younger", "10.1.1.2"),
+        endpoints("older", "10.1.1.1"),
+        older.clone(),
+    ];
+    let mut view = NodeView::new("n0", Policy::default());
+    let mut kernel = Observed::default();
+    let key = FrontendAddr::new([203, 0, 113, 1].into(), 80, Protocol::Tcp);
+    let holder = |view: &NodeView| {
+        let marked: Vec<_> = view.desired().marked().collect();
+        assert_eq!(marked.len(), 1, "{marked:?}");
+        let mark = view.desired().mark(&key).unwrap();
+        view.desired()
+            .mark_holder(mark)
+            .unwrap()
+            .service
+            .name
+            .clone()
+    };
+    for object in events {
+        let (scope, _) = view.take([told(object)]);
+        follow(&view, &mut kernel, &scope);
+    }
+    assert_eq!(holder(&view), "older");
+    let (scope, _) = view.take([Event::Deleted(older.key())]);
+    follow(&view, &mut kernel, &scope);
+    assert_eq!(holder(&view), "younger");
+}
+
+/// A pod with an address of each family is one endpoint, and one that terminates none.
+#[test]
+fn a_health_check_counts_ready_endpoints_of_this_node() {
+    let checked = |kind, policy: &str, port| {
+        let mut web = service("web", &["10.96.0.1", "fd00::1"], &["203.0.113.1"]);
+        web.spec.service_type = kind;
+        policy.clone_into(&mut web.spec.external_traffic_policy);
+        web.spec.health_check_node_port = port;
+        web.status.load_balancer.ingress = vec![LoadBalancerIngress {
+            ip: "198.51.100.1".to_owned(),
+            ..LoadBalancerIngress::default()
+        }];
+        let v4 = [
+            ("10.1.0.1", "n0", 'r'),
+            ("10.1.0.2", "n0", 'r'),
+            ("10.1.0.3", "n0", 't'),
+            ("10.1.1.1", "n1", 'r'),
+        ];
+        let view = view([
+            told(Object::Service(web)),
+            told(Object::EndpointSlice(slice("v4", "web", &v4))),
+            told(Object::EndpointSlice(slice(
+                "v6",
+                "web",
+                &[("fd00:1::1", "n0", 'r')],
+            ))),
+        ]);
+        let name = ObjectName::new("default", "web");
+        let served: Vec<String> = view.desired().served().map(|at| at.to_string()).collect();
+        let check = view.desired().health_checks().get(&name).copied();
+        (check, served)
+    };
+    let expected = HealthCheck {
+        port: 32_000,
+        local_endpoints: 2,
+    };
+    assert_eq!(
+        checked(ServiceType::LoadBalancer, "Local", 32_000),
+        (Some(expected), vec!["198.51.100.1:32000/TCP".to_owned()])
+    );
+    let none = (None, vec![]);
+    assert_eq!(checked(ServiceType::LoadBalancer, "Cluster", 32_000), none);
+    assert_eq!(checked(ServiceType::LoadBalancer, "Local", 0), none);
+    assert_eq!(checked(ServiceType::NodePort, "Local", 32_000), none);
+}

@@ -1,0 +1,269 @@
+//! Until when a backend that leaves keeps its connections.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking; only the bodies of #[test] functions are exempt by configuration"
+)]
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use ferrule_model::address::{BackendAddr, FrontendAddr, Protocol};
+use ferrule_model::change::Change;
+use ferrule_model::cluster::Event;
+use ferrule_model::desired::Scope;
+use ferrule_model::diff::diff;
+use ferrule_model::drain::{End, Server};
+use ferrule_model::kube::{
+    AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind, Node, Object,
+    ObjectKey, SERVICE_NAME_LABEL, Service, ServicePort, Taint,
+};
+use ferrule_model::names::ObjectName;
+use ferrule_model::network::Policy;
+use ferrule_model::observed::Observed;
+use ferrule_model::view::NodeView;
+
+const VIP: [u8; 4] = [10, 96, 0, 1];
+const BOUND: Duration = Duration::from_mins(10);
+
+/// A node and a kernel that does what it is told.
+struct World {
+    view: NodeView,
+    kernel: Observed,
+    start: Instant,
+}
+
+fn endpoint(ip: &str, node: &str, ready: bool, terminating: bool) -> Endpoint {
+    Endpoint {
+        addresses: vec![ip.to_owned()],
+        conditions: EndpointConditions {
+            ready: Some(ready),
+            serving: Some(ready || terminating),
+            terminating: Some(terminating),
+        },
+        node_name: Some(node.to_owned()),
+        ..Endpoint::default()
+    }
+}
+
+fn node(name: &str, taints: &[&str]) -> Object {
+    let mut node = Node::default();
+    name.clone_into(&mut node.metadata.name);
+    let taints = taints.iter().map(|key| Taint {
+        key: (*key).to_owned(),
+    });
+    node.spec.taints = taints.collect();
+    Object::Node(node)
+}
+
+impl World {
+    /// A Service of TCP and UDP with the endpoints 10.1.0.1 and 10.1.0.2 on node n1.
+    fn new() -> Self {
+        let mut service = Service::default();
+        "web".clone_into(&mut service.metadata.name);
+        service.spec.cluster_ips = vec![IpAddr::from(VIP).to_string()];
+        service.spec.ports = [Protocol::Tcp, Protocol::Udp]
+            .map(|protocol| ServicePort {
+                port: 80,
+                protocol,
+                ..ServicePort::default()
+            })
+            .into();
+        let mut world = Self {
+            view: NodeView::new("n0", Policy::default()),
+            kernel: Observed::default(),
+            start: Instant::now(),
+        };
+        world.tell(Object::Service(service));
+        world.tell(node("n1", &[]));
+        world.list([
+            endpoint("10.1.0.1", "n1", true, false),
+            endpoint("10.1.0.2", "n1", true, false),
+        ]);
+        world
+    }
+
+    fn tell(&mut self, object: Object) -> Vec<Change> {
+        let (scope, _) = self.view.take([Event::Applied(Box::new(object))]);
+        self.follow(&scope)
+    }
+
+    fn list<const N: usize>(&mut self, endpoints: [Endpoint; N]) -> Vec<Change> {
+        let mut slice = EndpointSlice::default();
+        "web-4".clone_into(&mut slice.metadata.name);
+        let label = (SERVICE_NAME_LABEL.to_owned(), "web".to_owned());
+        slice.metadata.labels = [label].into();
+        slice.address_type = AddressType::IPv4;
+        slice.ports = [Protocol::Tcp, Protocol::Udp]
+            .map(|protocol| EndpointPort {
+                port: Some(8080),
+                protocol,
+                ..EndpointPort::default()
+            })
+            .into();
+        slice.endpoints = endpoints.into();
+        self.tell(Object::EndpointSlice(slice))
+    }
+
+    fn follow(&mut self, scope: &Scope) -> Vec<Change> {
+        self.view.drain(&self.kernel, scope, self.start);
+        let changes = diff(self.view.desired(), &self.kernel, scope);
+        for change in &changes {
+            self.kernel.record(change);
+        }
+        changes
+    }
+
+    /// What ends so long after the beginning, where these pods of the node are gone.
+    fn ends(&mut self, after: Duration, gone: &[&str]) -> Vec<End> {
+        let now = self.start + after;
+        let gone: Vec<IpAddr> = gone.iter().map(|ip| ip.parse().unwrap()).collect();
+        let ends = self
+            .view
+            .look_at_drains(BOUND, now, |ip| gone.contains(&ip));
+        let mut scope = Scope::default();
+        for ((key, _), _) in &ends {
+            scope.insert_service(*key);
+        }
+        self.follow(&scope);
+        ends.into_iter().map(|(_, end)| end).collect()
+    }
+
+    /// The weight of a backend of TCP, if it is there.
+    fn weight(&self, last: u8) -> Option<u32> {
+        let (key, backend) = server(last);
+        let service = self.kernel.services.get(&key)?;
+        service.servers.get(&backend).copied()
+    }
+}
+
+fn server(last: u8) -> Server {
+    let addr = FrontendAddr::new(VIP.into(), 80, Protocol::Tcp);
+    let backend = BackendAddr::new(IpAddr::from([10, 1, 0, last]), 8080);
+    (addr.into(), backend)
+}
+
+const MINUTE: Duration = Duration::from_mins(1);
+
+#[test]
+fn as_long_as_a_slice_names_it_there_is_no_bound() {
+    let mut world = World::new();
+    for (ready, terminating) in [(false, false), (false, true)] {
+        world.list([
+            endpoint("10.1.0.1", "n1", ready, terminating),
+            endpoint("10.1.0.2", "n1", true, false),
+        ]);
+        assert_eq!(world.weight(1), Some(0));
+        assert_eq!(world.ends(60 * MINUTE, &[]), []);
+        assert_eq!(world.weight(1), Some(0));
+    }
+    // It comes back with its weight.
+    world.list([
+        endpoint("10.1.0.1", "n1", true, false),
+        endpoint("10.1.0.2", "n1", true, false),
+    ]);
+    assert_eq!(world.weight(1), Some(1));
+    assert!(world.view.desired().drains().is_empty());
+}
+
+#[test]
+fn datagrams_have_nothing_to_wait_for() {
+    let mut world = World::new();
+    let changes = world.list([endpoint("10.1.0.2", "n1", true, false)]);
+    let udp = FrontendAddr::new(VIP.into(), 80, Protocol::Udp);
+    let removed = Change::RemoveServer(udp.into(), server(1).1);
+    assert!(changes.contains(&removed), "{changes:?}");
+    assert_eq!(world.weight(1), Some(0));
+}
+
+#[test]
+fn the_bound_counts_from_the_last_sight() {
+    let mut world = World::new();
+    world.list([endpoint("10.1.0.2", "n1", true, false)]);
+    assert_eq!(world.ends(5 * MINUTE, &[]), []);
+    assert_eq!(world.ends(14 * MINUTE, &[]), []);
+    assert_eq!(world.ends(15 * MINUTE, &[]), [End::Bound]);
+    assert_eq!(world.weight(1), None);
+    assert!(world.view.desired().drains().live().next().is_none());
+}
+
+#[test]
+fn a_pod_that_was_being_ended_is_gone_with_its_endpoint() {
+    let mut world = World::new();
+    world.list([
+        endpoint("10.1.0.1", "n1", false, true),
+        endpoint("10.1.0.2", "n1", true, false),
+    ]);
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    world.list([endpoint("10.1.0.2", "n1", true, false)]);
+    assert_eq!(world.ends(2 * MINUTE, &[]), [End::PodGone]);
+    assert_eq!(world.weight(1), None);
+}
+
+/// It was used to the last, so nobody has looked at it while it drained.
+#[test]
+fn the_last_pod_that_was_being_ended_is_gone_at_once() {
+    let mut world = World::new();
+    world.list([endpoint("10.1.0.1", "n1", false, true)]);
+    assert_eq!(world.weight(1), Some(1));
+    // The other drained meanwhile.
+    assert_eq!(world.weight(2), Some(0));
+    world.list([]);
+    assert_eq!(world.weight(2), Some(0));
+    assert_eq!(world.weight(1), None);
+}
+
+#[test]
+fn a_pod_of_this_node_is_gone_with_its_lease() {
+    let mut world = World::new();
+    world.list([endpoint("10.1.0.2", "n1", true, false)]);
+    assert_eq!(world.ends(MINUTE, &["10.1.0.9"]), []);
+    assert_eq!(world.ends(MINUTE, &["10.1.0.1"]), [End::PodGone]);
+}
+
+#[test]
+fn a_node_that_is_lost_has_no_connections() {
+    for taint in [
+        "node.kubernetes.io/unreachable",
+        "node.kubernetes.io/out-of-service",
+    ] {
+        let mut world = World::new();
+        world.list([
+            endpoint("10.1.0.1", "n1", false, false),
+            endpoint("10.1.0.2", "n1", true, false),
+        ]);
+        world.tell(node("n1", &["node.kubernetes.io/not-ready"]));
+        assert_eq!(world.ends(MINUTE, &[]), []);
+        world.tell(node("n1", &[taint]));
+        assert_eq!(world.ends(MINUTE, &[]), [End::NodeGone]);
+        // What is used all the same stays.
+        assert_eq!(world.weight(2), Some(1));
+    }
+}
+
+#[test]
+fn a_node_whose_object_is_gone_is_lost_where_there_are_others() {
+    let mut world = World::new();
+    world.list([
+        endpoint("10.1.0.1", "n1", false, false),
+        endpoint("10.1.0.2", "n1", true, false),
+    ]);
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    let gone = |name: &str| {
+        Event::Deleted(ObjectKey {
+            kind: Kind::Node,
+            name: ObjectName::new("", name),
+        })
+    };
+    // Without any Node nothing is known of them.
+    world.view.take([gone("n1")]);
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    world.tell(node("n2", &[]));
+    assert_eq!(world.ends(MINUTE, &[]), [End::NodeGone]);
+}
+
+#[test]
+fn ends_have_words() {
+    let words = End::ALL.map(End::name);
+    assert_eq!(words, ["idle", "podGone", "nodeGone", "bound"]);
+}
