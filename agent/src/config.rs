@@ -14,6 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ferrule_datapath::modules::{CONNECTION_TABLE_BITS, DEFAULT_CONNECTION_TABLE_BITS};
 use ferrule_model::binding::VipBinding;
 use ferrule_model::names::IfName;
 use ferrule_model::network::{DetectLocal, ExternalIps, NodePortAddresses, Policy, parse_network};
@@ -49,6 +50,10 @@ pub(crate) struct Config {
     pub(crate) audit_budget: f64,
     /// How long a backend that is in no slice any more may keep its connections.
     pub(crate) drain_timeout: Duration,
+    /// Whether IPVS estimates rates.
+    pub(crate) estimation: Estimation,
+    /// Binary logarithm of the buckets of IPVS's connection table.
+    pub(crate) connection_table_bits: u8,
     /// URLs of API servers, instead of the one that comes with the credentials.
     pub(crate) api_servers: Vec<String>,
     /// What only kube-proxy's file can say.
@@ -63,11 +68,25 @@ impl Default for Config {
             policy: Policy::default(),
             audit_budget: AUDIT_BUDGET,
             drain_timeout: DRAIN_TIMEOUT,
+            estimation: Estimation::Auto,
+            connection_table_bits: DEFAULT_CONNECTION_TABLE_BITS,
             api_servers: Vec::new(),
             kube_proxy: KubeProxy::default(),
             notes: Vec::new(),
         }
     }
+}
+
+/// Whether IPVS estimates rates and adds its counters up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Estimation {
+    /// Not where it would hold up packets.
+    #[default]
+    Auto,
+    /// It does.
+    Always,
+    /// It does not.
+    Never,
 }
 
 /// What is wrong with the file.
@@ -133,6 +152,10 @@ struct File {
     audit_budget_percent: Option<f64>,
     #[serde(default)]
     drain_seconds: Option<u32>,
+    #[serde(default)]
+    estimation: Option<String>,
+    #[serde(default)]
+    connection_table_bits: Option<u8>,
     #[serde(default)]
     api_server: Option<Vec<String>>,
     #[serde(default)]
@@ -287,6 +310,8 @@ impl Config {
             drain_timeout: file
                 .drain_seconds
                 .map_or(DRAIN_TIMEOUT, |seconds| Duration::from_secs(seconds.into())),
+            estimation: estimation(file.estimation.as_deref().unwrap_or_default())?,
+            connection_table_bits: table_bits(file.connection_table_bits)?,
             api_servers: file.api_server.unwrap_or_default(),
             ..Self::default()
         })
@@ -399,6 +424,30 @@ fn vip_binding(way: &str, device: &str) -> Result<VipBinding, String> {
             "vipBinding: {other:?} is none; write address, route or device"
         )),
     }
+}
+
+fn estimation(word: &str) -> Result<Estimation, String> {
+    match word {
+        "" | "auto" => Ok(Estimation::Auto),
+        "always" => Ok(Estimation::Always),
+        "never" => Ok(Estimation::Never),
+        other => Err(format!(
+            "estimation: {other:?} is none; write auto, always or never"
+        )),
+    }
+}
+
+fn table_bits(written: Option<u8>) -> Result<u8, String> {
+    let bits = written.unwrap_or(DEFAULT_CONNECTION_TABLE_BITS);
+    if CONNECTION_TABLE_BITS.contains(&bits) {
+        return Ok(bits);
+    }
+    Err(format!(
+        "connectionTableBits: {bits} is none that IPVS has; write {} to {}, which are the binary \
+         logarithm of the number of buckets",
+        CONNECTION_TABLE_BITS.start(),
+        CONNECTION_TABLE_BITS.end()
+    ))
 }
 
 fn alias_device(name: &str) -> Result<IfName, String> {

@@ -448,7 +448,7 @@ fn wrong_usage_is_2_and_names_the_remedy() {
         (
             &[&here, &node, &["--config", "unknown.yaml"]],
             expect![[r"
-                ferrule-agent plan: configuration unknown.yaml: line 3: clusterCidr: unknown field `clusterCidr`, expected one of apiVersion, kind, clusterCIDR, serviceCIDRs, nodePortAddresses, nonMasqueradeCIDRs, masqueradeAll, nodePortRange, externalIPs, scheduler, schedulerFlags, serviceProxyName, auditBudgetPercent, drainSeconds, apiServer, detectLocalMode, detectLocal, vipBinding, vipDevice
+                ferrule-agent plan: configuration unknown.yaml: line 3: clusterCidr: unknown field `clusterCidr`, expected one of apiVersion, kind, clusterCIDR, serviceCIDRs, nodePortAddresses, nonMasqueradeCIDRs, masqueradeAll, nodePortRange, externalIPs, scheduler, schedulerFlags, serviceProxyName, auditBudgetPercent, drainSeconds, estimation, connectionTableBits, apiServer, detectLocalMode, detectLocal, vipBinding, vipDevice
             "]],
         ),
         (

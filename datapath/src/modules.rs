@@ -1,5 +1,6 @@
 //! Kernel modules that services need.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -31,6 +32,47 @@ pub const NEEDED: [Module; 10] = [
     needed("nft_reject_inet", "the guard"),
     needed("nft_fib_inet", "the guard"),
 ];
+
+/// What IPVS is, and its option for the buckets of its connection table.
+const IPVS: &str = "ip_vs";
+const TABLE_BITS: &str = "conn_tab_bits";
+
+/// What lets netfilter see packets between the ports of a bridge.
+pub const BRIDGE_NETFILTER: &str = "br_netfilter";
+
+/// Binary logarithms that every 64-bit kernel takes for IPVS's connection table.
+pub const CONNECTION_TABLE_BITS: RangeInclusive<u8> = 8..=20;
+
+/// 262,144 buckets of 8 bytes. The kernel's own default of 4,096 makes lookups walk lists from
+/// some ten thousand connections on.
+pub const DEFAULT_CONNECTION_TABLE_BITS: u8 = 18;
+
+/// What Services need whose scheduler is not rr. The kernel loads them when one is asked for.
+const SCHEDULERS: [Module; 12] = [
+    of_a_scheduler("ip_vs_wrr"),
+    of_a_scheduler("ip_vs_lc"),
+    of_a_scheduler("ip_vs_wlc"),
+    of_a_scheduler("ip_vs_lblc"),
+    of_a_scheduler("ip_vs_lblcr"),
+    of_a_scheduler("ip_vs_sh"),
+    of_a_scheduler("ip_vs_dh"),
+    of_a_scheduler("ip_vs_sed"),
+    of_a_scheduler("ip_vs_nq"),
+    of_a_scheduler("ip_vs_mh"),
+    of_a_scheduler("ip_vs_fo"),
+    of_a_scheduler("ip_vs_ovf"),
+];
+
+const fn of_a_scheduler(name: &'static str) -> Module {
+    needed(name, "the scheduler that the configuration names")
+}
+
+/// The module of a scheduler, unless [`NEEDED`] has it.
+#[must_use]
+pub fn of_scheduler(scheduler: &str) -> Option<Module> {
+    let mut all = SCHEDULERS.into_iter();
+    all.find(|module| module.name.strip_prefix("ip_vs_") == Some(scheduler))
+}
 
 const fn needed(name: &'static str, serves: &'static str) -> Module {
     Module { name, serves }
@@ -66,22 +108,33 @@ pub fn is_loaded(name: &str) -> bool {
 /// failure by itself: a container may lack the program, or a kernel have it
 /// built in without saying so. Whoever needs the module finds out, and has the
 /// better message.
-pub async fn load() -> Vec<Module> {
-    let program = PROGRAMS.into_iter().find(|path| Path::new(path).exists());
+///
+/// `table_bits`: binary logarithm of the buckets of IPVS's connection table. It is an option of
+/// the module, for as long as that is loaded.
+pub async fn load(table_bits: u8) -> Vec<Module> {
     let mut missing = Vec::new();
     for module in NEEDED {
-        if is_loaded(module.name) {
-            continue;
-        }
-        let loaded = match program {
-            Some(program) => load_one(program, module.name).await,
-            None => false,
-        };
-        if !loaded {
+        let option = (module.name == IPVS).then(|| format!("{TABLE_BITS}={table_bits}"));
+        if !is_loaded(module.name) && !load_one(module.name, option).await {
             missing.push(module);
         }
     }
     missing
+}
+
+/// Loads what lets netfilter see packets between the ports of a bridge, unless it is there.
+pub async fn load_bridge_netfilter() -> bool {
+    is_loaded(BRIDGE_NETFILTER) || load_one(BRIDGE_NETFILTER, None).await
+}
+
+/// Buckets of IPVS's connection table, as a binary logarithm; `None` while there is no IPVS.
+#[must_use]
+pub fn connection_table_bits() -> Option<u8> {
+    let path = Path::new(LOADED)
+        .join(IPVS)
+        .join("parameters")
+        .join(TABLE_BITS);
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 /// What could not be loaded at the last attempt. An agent that cannot program services tries
@@ -91,8 +144,8 @@ pub struct Missing(Vec<Module>);
 
 impl Missing {
     /// Loads what is not there yet, as [`load`] does.
-    pub async fn load(&mut self) {
-        let missing = load().await;
+    pub async fn load(&mut self, table_bits: u8) {
+        let missing = load(table_bits).await;
         if self.note(missing) {
             let names: Vec<&str> = self.0.iter().map(|module| module.name).collect();
             let mut serves: Vec<&str> = self.0.iter().map(|module| module.serves).collect();
@@ -114,9 +167,14 @@ impl Missing {
 }
 
 /// What is built in counts as loaded, the program says.
-async fn load_one(program: &str, module: &str) -> bool {
+async fn load_one(module: &str, option: Option<String>) -> bool {
+    let program = PROGRAMS.into_iter().find(|path| Path::new(path).exists());
+    let Some(program) = program else {
+        return false;
+    };
     let child = Command::new(program)
         .args(["-q", module])
+        .args(option)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -129,6 +187,8 @@ async fn load_one(program: &str, module: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use ferrule_model::service::Scheduler;
+
     use super::*;
 
     #[test]
@@ -140,5 +200,19 @@ mod tests {
         assert!(missing.note(NEEDED[..1].to_vec()));
         assert!(!missing.note(Vec::new()), "nothing is missing any more");
         assert!(missing.note(NEEDED[..1].to_vec()), "again");
+    }
+
+    #[test]
+    fn every_scheduler_has_a_module() {
+        for name in Scheduler::names()
+            .split([',', ' '])
+            .filter(|name| !name.is_empty())
+        {
+            let needed = NEEDED
+                .iter()
+                .any(|module| module.name == format!("ip_vs_{name}"));
+            assert!(needed || of_scheduler(name).is_some(), "{name}");
+        }
+        assert_eq!(of_scheduler("none"), None);
     }
 }

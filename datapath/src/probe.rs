@@ -8,14 +8,15 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use ferrule_model::names::IfName;
-use ferrule_netlink::Error;
+use ferrule_netlink::{Error, Protocol, Socket};
+use netlink_packet_route::link::InfoKind;
 use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::bindings;
 use crate::ipvs;
 use crate::node::OpenError;
-use crate::vip::{DeviceError, VipDevice};
+use crate::vip::{DeviceError, VipDevice, is_of_kind, link_named};
 
 /// How long a program may take that is asked for its version.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -51,6 +52,16 @@ pub async fn alias_device(name: &IfName) -> Result<bool, DeviceError> {
         Err(DeviceError::Taken { .. }) => Ok(true),
         found => found.map(|found| found.is_some()),
     }
+}
+
+/// Whether a device of this name is a bridge.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub async fn is_bridge(name: &str) -> Result<bool, Error> {
+    let socket = Socket::open(Protocol::Route)?;
+    let link = link_named(&socket, name).await?;
+    Ok(link.is_some_and(|link| is_of_kind(&link, InfoKind::Bridge)))
 }
 
 /// Makes a device for VIPs; to be called in a namespace that nobody uses.

@@ -1,5 +1,5 @@
-//! Kernel settings that an operator asks for by kube-proxy's configuration. What services
-//! need whoever asks is elsewhere (`sysctl`).
+//! Kernel settings that an operator asks for, or that hang on the size of the cluster and on
+//! what else is on the node. What services need always is elsewhere (`sysctl`).
 //!
 //! What was there before is recorded, as of all settings ([`Sysctls`]).
 
@@ -17,6 +17,11 @@ pub struct Tuning {
     pub strict_arp: bool,
     /// Connection tracking.
     pub conntrack: Conntrack,
+    /// Whether IPVS estimates rates and adds its counters up; `None` leaves that as it is.
+    pub estimation: Option<bool>,
+    /// Whether packets between the ports of one bridge pass through netfilter, and so through
+    /// IPVS: replies of a pod to another one on its bridge would not come by otherwise.
+    pub bridged: bool,
 }
 
 /// What connection tracking should be like. Zero leaves a setting as it is.
@@ -34,6 +39,37 @@ pub struct Conntrack {
     pub udp: Duration,
     /// Likewise UDP with answers.
     pub udp_stream: Duration,
+}
+
+/// Whether IPVS estimates. Kernels before 5.16 always do.
+const ESTIMATION: &str = "net/ipv4/vs/run_estimation";
+
+/// Only there where IPVS estimates by threads, which hold up no packet: since 6.2.
+const ESTIMATION_BY_THREADS: &str = "net/ipv4/vs/est_nice";
+
+/// Whether packets between the ports of a bridge pass through netfilter; of module `br_netfilter`.
+const BRIDGED: [&str; 2] = [
+    "net/bridge/bridge-nf-call-iptables",
+    "net/bridge/bridge-nf-call-ip6tables",
+];
+
+/// The most virtual services whose rates are estimated by a timer, which lets packets wait: it
+/// takes more than 200 ms for 50,000 of them on 104 cores (Linux 2232642ec3fb).
+const ESTIMATED: usize = 2_000;
+
+/// Whether rates of so many virtual services should be estimated, where nobody says; `None`
+/// leaves it as it is.
+#[must_use]
+pub fn estimation(sysctls: &Sysctls, services: usize) -> Option<bool> {
+    let can_be_off = sysctls.root.join(ESTIMATION).exists();
+    let threads = sysctls.root.join(ESTIMATION_BY_THREADS).exists();
+    (services > ESTIMATED && can_be_off && !threads).then_some(false)
+}
+
+/// Whether packets between the ports of a bridge can be made to pass through netfilter.
+#[must_use]
+pub fn can_be_bridged(sysctls: &Sysctls) -> bool {
+    BRIDGED.iter().all(|key| sysctls.root.join(key).exists())
 }
 
 /// Most that the number of cores can lead to; kube-proxy has it since 1.36.
@@ -85,6 +121,12 @@ impl Tuning {
         if let Some(limit) = self.conntrack.limit(cores) {
             // To lower it would drop what others rely on; kube-proxy does not, either.
             wanted.push(("net/netfilter/nf_conntrack_max", limit.into(), true));
+        }
+        if let Some(estimation) = self.estimation {
+            wanted.push((ESTIMATION, estimation.into(), false));
+        }
+        if self.bridged {
+            wanted.extend(BRIDGED.map(|key| (key, 1, false)));
         }
         let conntrack = &self.conntrack;
         for (key, span) in [
@@ -221,6 +263,7 @@ mod tests {
                 udp_stream: Duration::from_millis(999),
                 ..Conntrack::default()
             },
+            ..Tuning::default()
         };
         let sysctls = Sysctls {
             root: root.to_owned(),
@@ -247,5 +290,49 @@ mod tests {
         assert_eq!(failed[0].key, "net/netfilter/nf_conntrack_udp_timeout");
         let (made, failed) = tune(&sysctls, &Tuning::default());
         assert!(made.is_empty() && failed.is_empty());
+    }
+
+    #[test]
+    fn estimation_ends_where_it_would_hold_up_packets() {
+        let root = tempfile::tempdir().unwrap();
+        let sysctls = Sysctls {
+            root: root.path().to_owned(),
+            record: None,
+        };
+        let put = |key: &str, value: &str| {
+            let path = root.path().join(key);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, value).unwrap();
+        };
+        assert_eq!(estimation(&sysctls, 50_000), None, "it cannot be off");
+        put(ESTIMATION, "1\n");
+        assert_eq!(estimation(&sysctls, ESTIMATED), None);
+        assert_eq!(estimation(&sysctls, ESTIMATED + 1), Some(false));
+        put(ESTIMATION_BY_THREADS, "0\n");
+        assert_eq!(
+            estimation(&sysctls, 50_000),
+            None,
+            "threads hold up nothing"
+        );
+        let off = Tuning {
+            estimation: Some(false),
+            ..Tuning::default()
+        };
+        assert_eq!(tune(&sysctls, &off).0.len(), 1);
+        assert!(!can_be_bridged(&sysctls));
+        let bridged = Tuning {
+            bridged: true,
+            ..Tuning::default()
+        };
+        assert_eq!(
+            tune(&sysctls, &bridged).1.len(),
+            2,
+            "the module is not there"
+        );
+        for key in BRIDGED {
+            put(key, "0\n");
+        }
+        assert!(can_be_bridged(&sysctls));
+        assert_eq!(tune(&sysctls, &bridged).0.len(), 2);
     }
 }

@@ -123,18 +123,7 @@ impl VipDevice {
             source,
         };
         let socket = Socket::open(Protocol::Route).map_err(failed)?;
-        let mut link = LinkMessage::default();
-        link.attributes = vec![LinkAttribute::IfName(name.to_string())];
-        let question = route::encode(RouteNetlinkMessage::GetLink(link));
-        let answers = match socket.request(question, 0).await {
-            Ok(answers) => answers,
-            Err(error) if error.is_not_found() => return Ok(None),
-            Err(error) => return Err(failed(error)),
-        };
-        let Some(answer) = answers.first() else {
-            return Ok(None);
-        };
-        let RouteNetlinkMessage::NewLink(link) = route::decode(answer).map_err(failed)? else {
+        let Some(link) = link_named(&socket, name.as_str()).await.map_err(failed)? else {
             return Ok(None);
         };
         if !is_dummy(&link) {
@@ -299,8 +288,29 @@ pub(crate) fn address_of(message: &AddressMessage) -> Option<IpAddr> {
 }
 
 fn is_dummy(link: &LinkMessage) -> bool {
-    link.attributes.iter().any(|attribute| {
-        matches!(attribute, LinkAttribute::LinkInfo(infos)
-            if infos.contains(&LinkInfo::Kind(InfoKind::Dummy)))
-    })
+    is_of_kind(link, InfoKind::Dummy)
+}
+
+/// What the kernel tells of the device of a name, if there is one.
+pub(crate) async fn link_named(socket: &Socket, name: &str) -> Result<Option<LinkMessage>, Error> {
+    let mut link = LinkMessage::default();
+    link.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+    let question = route::encode(RouteNetlinkMessage::GetLink(link));
+    let answers = match socket.request(question, 0).await {
+        Ok(answers) => answers,
+        Err(error) if error.is_not_found() => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    match answers.first().map(route::decode).transpose()? {
+        Some(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
+        Some(_) | None => Ok(None),
+    }
+}
+
+/// Whether a device is of a kind, by what the kernel tells of it.
+pub(crate) fn is_of_kind(link: &LinkMessage, kind: InfoKind) -> bool {
+    let kind = LinkInfo::Kind(kind);
+    link.attributes.iter().any(
+        |attribute| matches!(attribute, LinkAttribute::LinkInfo(infos) if infos.contains(&kind)),
+    )
 }

@@ -31,6 +31,26 @@ pub fn ipvs(namespace: &Netns) -> anyhow::Result<String> {
     Ok(text)
 }
 
+/// Real servers of weight 0 and their connections, active and inactive, a line each.
+///
+/// # Errors
+/// When the kernel has no IPVS.
+pub fn leaving(namespace: &Netns) -> anyhow::Result<String> {
+    let mut text = String::new();
+    for (service, servers) in virtual_services(namespace, &[])? {
+        for server in servers {
+            let words: Vec<&str> = server.split_whitespace().collect();
+            if let [_, address, _, "0", active, inactive] = words.as_slice() {
+                writeln!(
+                    text,
+                    "{service} -> {address}: {active} active, {inactive} inactive"
+                )?;
+            }
+        }
+    }
+    Ok(text)
+}
+
 /// Connections counted by a virtual service since it was made, or `None` where
 /// there is none. `service` is such as `TCP 10.96.0.10:80`.
 ///

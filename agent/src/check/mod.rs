@@ -167,16 +167,20 @@ async fn everything(
     let run = &settings.run;
     let mut node: Settings = run.node_settings.clone().into();
     let config = Config::read(run.config.as_deref());
+    let scheduling = config.as_ref().map(|config| &config.policy.scheduling);
+    let scheduler = scheduling.map_or("rr", |scheduling| scheduling.scheduler.name());
     if let Ok(config) = &config {
         node.vip_binding = config.policy.vip_binding.clone();
         node.excluded.clone_from(&config.kube_proxy.excluded);
+        node.connection_table_bits = config.connection_table_bits;
     }
     let mut findings = vec![rights::check(), kernel::version()];
     if settings.load_modules {
-        ferrule_datapath::modules::load().await;
+        ferrule_datapath::modules::load(node.connection_table_bits).await;
     }
-    let modules = modules::look(node.load_modules);
+    let modules = modules::look(node.load_modules, scheduler);
     findings.push(modules.finding);
+    findings.extend(modules::connection_table(node.connection_table_bits));
     let harmless = modules.asking_is_harmless || settings.load_modules;
     findings.push(features::program(&node).await);
     findings.extend(features::kernel(&node, harmless).await);

@@ -3,11 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use ferrule_datapath::modules::{Module, NEEDED, remedy};
+use ferrule_datapath::modules::{Module, NEEDED, connection_table_bits, of_scheduler, remedy};
 
 use super::{Finding, Outcome, kernel, rights};
 
 const CHECK: &str = "kernel modules";
+const TABLE: &str = "connection table";
 
 /// What pods' interfaces are. The kernel loads it by itself.
 const VETH: Module = Module {
@@ -80,12 +81,13 @@ pub(super) struct Modules {
     pub(super) asking_is_harmless: bool,
 }
 
-/// Looks for all of them; `may_load`: settings allow it.
-pub(super) fn look(may_load: bool) -> Modules {
+/// Looks for all of them and that of the scheduler; `may_load`: settings allow it.
+pub(super) fn look(may_load: bool, scheduler: &str) -> Modules {
     let lists = Lists::read();
     let loaded = |module: &Module| Path::new("/sys/module").join(module.name).exists();
     let states: Vec<(Module, State)> = NEEDED
         .into_iter()
+        .chain(of_scheduler(scheduler))
         .chain([VETH])
         .map(|module| (module, lists.state(module.name, loaded(&module))))
         .collect();
@@ -95,6 +97,32 @@ pub(super) fn look(may_load: bool) -> Modules {
         finding: judge(&states, lists.modular, may_load, rights::may_load_modules()),
         asking_is_harmless,
     }
+}
+
+/// Whether IPVS's connection table has as many buckets as is asked for; nothing while there is no
+/// IPVS, which gets them when it is loaded.
+pub(super) fn connection_table(wanted: u8) -> Option<Finding> {
+    connection_table_bits().map(|bits| judge_table(bits, wanted))
+}
+
+fn judge_table(bits: u8, wanted: u8) -> Finding {
+    let buckets = 1_u64 << bits.min(63);
+    if bits >= wanted {
+        return Finding::ok(TABLE, format!("{buckets} buckets"));
+    }
+    Finding::new(
+        TABLE,
+        Outcome::Ok,
+        format!(
+            "{buckets} buckets instead of {}, as somebody else has loaded IPVS: with many times as \
+             many connections each packet takes longer",
+            1_u64 << wanted.min(63)
+        ),
+        format!(
+            "write `options ip_vs conn_tab_bits={wanted}` into /etc/modprobe.d/ferrule.conf; it \
+             holds from the next boot on"
+        ),
+    )
 }
 
 fn judge(states: &[(Module, State)], modular: bool, may_load: bool, able: bool) -> Finding {

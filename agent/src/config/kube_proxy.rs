@@ -254,6 +254,7 @@ pub(super) fn parse(text: &str) -> Result<Config, String> {
         tuning: Tuning {
             strict_arp: ipvs.strict_arp.unwrap_or(false),
             conntrack: conntrack(&file.conntrack.unwrap_or_default())?,
+            ..Tuning::default()
         },
         timeouts: Timeouts {
             tcp: span(ipvs.tcp_timeout),

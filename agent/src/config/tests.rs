@@ -127,3 +127,30 @@ fn mistakes_are_named_with_field_and_remedy() {
     );
     assert!(Config::parse("").unwrap_err().contains("apiVersion"));
 }
+
+#[test]
+fn the_size_of_tables_and_what_is_estimated() {
+    let parse = |line: &str| Config::parse(&format!("{HEAD}{line}\n"));
+    for (line, bits, estimation) in [
+        ("estimation: \"\"", 18, Estimation::Auto),
+        ("connectionTableBits: 20", 20, Estimation::Auto),
+        ("estimation: auto", 18, Estimation::Auto),
+        ("estimation: always", 18, Estimation::Always),
+        ("estimation: never", 18, Estimation::Never),
+    ] {
+        let config = parse(line).unwrap();
+        assert_eq!(config.connection_table_bits, bits, "{line}");
+        assert_eq!(config.estimation, estimation, "{line}");
+    }
+    for (line, field) in [
+        ("estimation: sometimes", "estimation"),
+        ("connectionTableBits: 7", "connectionTableBits"),
+        ("connectionTableBits: 21", "connectionTableBits"),
+    ] {
+        let error = parse(line).unwrap_err();
+        assert!(
+            error.starts_with(field) && error.contains("write"),
+            "{error}"
+        );
+    }
+}

@@ -24,7 +24,8 @@ impl Reconciler {
             }
         };
         self.of_config = None;
-        self.dirty.merge(self.view.set_policy(config.policy));
+        self.dirty
+            .merge(self.view.set_policy(config.policy.clone()));
         self.network.routes_are_suspect();
         let all = Touched {
             services: self
@@ -47,7 +48,8 @@ impl Reconciler {
             self.kernel = None;
             self.observed = None;
         }
-        self.tunings.set(&config.kube_proxy);
+        self.tunings.set(&config);
+        self.settings.connection_table_bits = config.connection_table_bits;
         if let Some(kernel) = self.kernel.take() {
             self.tunings.set_sysctls(&self.settings.sysctls);
             self.tunings.read_record(&self.settings.sysctls);

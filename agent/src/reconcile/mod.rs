@@ -129,6 +129,7 @@ impl Reconciler {
             settings: Settings {
                 vip_binding,
                 excluded: config.kube_proxy.excluded.clone(),
+                connection_table_bits: config.connection_table_bits,
                 ..settings
             },
             pods,
@@ -159,7 +160,7 @@ impl Reconciler {
             freed: BTreeSet::new(),
             health_checks: HealthChecks::new(),
             events,
-            tunings: tuning::Tunings::new(&config.kube_proxy),
+            tunings: tuning::Tunings::new(config),
             programming,
         }
     }
@@ -183,6 +184,7 @@ impl Reconciler {
                 self.reconcile().await;
                 self.end_pass(&pass);
                 self.keep_drains().await;
+                self.tune_to_node().await;
                 self.answer_waiting_pods();
                 self.audit_if_due().await;
                 self.tell_health_checks();
@@ -250,6 +252,7 @@ impl Reconciler {
         self.say_conditions(&touched);
         if touched.nodes.contains(self.view.node()) {
             self.set_pod_ranges();
+            self.tunings.bridges_are_suspect();
         }
         if update.complete && !self.complete {
             info!(source = self.source.name, "everything was read");
@@ -411,7 +414,8 @@ impl Reconciler {
     async fn prepare(&mut self) -> bool {
         if self.kernel.is_none() {
             if self.settings.load_modules {
-                self.missing.load().await;
+                let table_bits = self.settings.connection_table_bits;
+                self.missing.load(table_bits).await;
             }
             self.tunings.set_sysctls(&self.settings.sysctls);
             let nat = self.view.source_nat();
@@ -618,6 +622,7 @@ impl Reconciler {
         if let Some(own) = self.network.addresses(device, &mut self.faults).await {
             self.dirty.merge(self.view.set_own(own));
             self.network.routes_are_suspect();
+            self.tunings.bridges_are_suspect();
             // What was held back for want of the addresses is looked at again.
             if !was_known && let Some(observed) = &self.observed {
                 self.dirty.merge(everything(self.view.desired(), observed));

@@ -219,6 +219,11 @@ impl Network {
         (self.addresses_suspect || routes).then_some(self.next_look)
     }
 
+    /// The machine's addresses, as far as they have been read.
+    pub(super) fn own(&self) -> &[OwnAddress] {
+        self.own.as_deref().unwrap_or_default()
+    }
+
     /// Whether the machine's addresses have been read.
     pub(super) fn is_known(&self) -> bool {
         self.own.is_some()

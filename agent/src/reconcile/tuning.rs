@@ -1,21 +1,37 @@
-//! Kernel settings that kube-proxy's configuration asks for, beside what services need.
+//! Kernel settings that the configuration asks for, or that hang on how much is served and on
+//! what else is on the node, beside what services need always.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ferrule_api::status::SysctlStatus;
 use ferrule_datapath::ipvs::Timeouts;
-use ferrule_datapath::tuning::{Tuning, tune};
-use ferrule_datapath::{Changed, Node, Sysctls};
-use tracing::warn;
+use ferrule_datapath::modules::load_bridge_netfilter;
+use ferrule_datapath::tuning::{self, Tuning, tune};
+use ferrule_datapath::{Changed, Node as Kernel, Sysctls, probe};
+use ferrule_model::kube::Node;
+use ferrule_model::network::{DetectLocal, parse_network};
+use ipnetwork::IpNetwork;
+use tracing::{info, warn};
 
 use super::Reconciler;
 use super::faults::About;
-use crate::config::KubeProxy;
+use crate::config::{Config, Estimation};
+
+/// Whether it is known that there is a bridge of pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Bridges {
+    /// There may be a new one.
+    Suspect,
+    /// As far as was looked.
+    Looked,
+}
 
 /// What is asked for, and what became of it. Bounded by the number of settings.
 #[derive(Debug)]
 pub(super) struct Tunings {
     asked: Tuning,
+    estimation: Estimation,
+    bridges: Bridges,
     timeouts: Timeouts,
     told: BTreeMap<&'static str, SysctlStatus>,
     /// Everything that was changed in this boot.
@@ -23,10 +39,12 @@ pub(super) struct Tunings {
 }
 
 impl Tunings {
-    pub(super) fn new(configured: &KubeProxy) -> Self {
+    pub(super) fn new(config: &Config) -> Self {
         Self {
-            asked: configured.tuning.clone(),
-            timeouts: configured.timeouts,
+            asked: config.kube_proxy.tuning.clone(),
+            estimation: config.estimation,
+            bridges: Bridges::Suspect,
+            timeouts: config.kube_proxy.timeouts,
             told: BTreeMap::new(),
             recorded: Vec::new(),
         }
@@ -63,7 +81,7 @@ impl Tunings {
                     sysctl = status.name,
                     value = status.value,
                     error = status.problem,
-                    "cannot be set as kube-proxy's configuration asks; set it by hand where it matters"
+                    "a kernel setting cannot be made; make it by hand where it matters"
                 );
                 self.told.insert(fault.key, status);
             }
@@ -71,9 +89,20 @@ impl Tunings {
     }
 
     /// Another configuration. What it no longer asks for stays as it is until `cleanup`.
-    pub(super) fn set(&mut self, configured: &KubeProxy) {
-        self.asked = configured.tuning.clone();
-        self.timeouts = configured.timeouts;
+    pub(super) fn set(&mut self, config: &Config) {
+        self.asked = Tuning {
+            estimation: self.asked.estimation,
+            bridged: self.asked.bridged,
+            ..config.kube_proxy.tuning.clone()
+        };
+        self.estimation = config.estimation;
+        self.timeouts = config.kube_proxy.timeouts;
+        self.bridges = Bridges::Suspect;
+    }
+
+    /// Addresses or pod ranges changed: a bridge of pods may have come.
+    pub(super) fn bridges_are_suspect(&mut self) {
+        self.bridges = Bridges::Suspect;
     }
 
     /// Takes in what is recorded. A record that cannot be read was told when it was written.
@@ -97,8 +126,70 @@ impl Tunings {
 }
 
 impl Reconciler {
+    /// Makes the settings that hang on how much is served, and on a bridge of pods beside us.
+    pub(super) async fn tune_to_node(&mut self) {
+        let (Some(_), Some(observed)) = (&self.kernel, &self.observed) else {
+            return;
+        };
+        let sysctls = &self.settings.sysctls;
+        let estimation = match self.tunings.estimation {
+            Estimation::Auto => tuning::estimation(sysctls, observed.services.len()),
+            Estimation::Always => Some(true),
+            Estimation::Never => Some(false),
+        };
+        // What was turned off for their number stays off, however few are left.
+        let mut changed = estimation.is_some() && self.tunings.asked.estimation != estimation;
+        if changed {
+            self.tunings.asked.estimation = estimation;
+        }
+        if self.tunings.bridges == Bridges::Suspect {
+            self.tunings.bridges = Bridges::Looked;
+            if !self.tunings.asked.bridged && self.finds_bridge_of_pods().await {
+                if self.settings.load_modules && !tuning::can_be_bridged(&self.settings.sysctls) {
+                    load_bridge_netfilter().await;
+                }
+                self.tunings.asked.bridged = true;
+                changed = true;
+            }
+        }
+        if changed {
+            self.tunings.set_sysctls(&self.settings.sysctls);
+            self.tunings.read_record(&self.settings.sysctls);
+        }
+    }
+
+    /// Whether pods hang on a bridge: one that has an address of this node's pod ranges, or that
+    /// the configuration names.
+    async fn finds_bridge_of_pods(&self) -> bool {
+        let node = self.view.cluster().node(self.view.node());
+        let ranges = node.into_iter().flat_map(Node::pod_cidrs);
+        let ranges: Vec<IpNetwork> = ranges.filter_map(|text| parse_network(text).ok()).collect();
+        let of_pods = |ip| ranges.iter().any(|range| range.contains(ip));
+        let mut names: BTreeSet<&str> = self
+            .network
+            .own()
+            .iter()
+            .filter(|address| of_pods(address.ip))
+            .map(|address| address.device.as_str())
+            .collect();
+        if let Some(DetectLocal::BridgeInterface(name)) = &self.view.policy().detect_local {
+            names.insert(name);
+        }
+        for name in names {
+            match probe::is_bridge(name).await {
+                Ok(true) => {
+                    info!(bridge = name, "pods hang on a bridge beside us");
+                    return true;
+                }
+                Ok(false) => {}
+                Err(error) => warn!(device = name, %error, "cannot be asked what it is"),
+            }
+        }
+        false
+    }
+
     /// Sets how long IPVS remembers connections, where that is asked for.
-    pub(super) async fn set_timeouts(&mut self, kernel: &Node) {
+    pub(super) async fn set_timeouts(&mut self, kernel: &Kernel) {
         let timeouts = self.tunings.timeouts;
         if timeouts == Timeouts::default() {
             return;

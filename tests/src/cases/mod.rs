@@ -9,6 +9,7 @@ use crate::scenario;
 
 mod audit;
 mod bandwidth;
+mod beside;
 mod binding;
 mod chain;
 mod churn;
@@ -308,6 +309,11 @@ fn leaving() -> Vec<Test> {
             "cleanup/a-node-is-left-as-it-was-found",
             10,
             cleanup::a_node_is_left_as_it_was_found,
+        ),
+        ipvs(
+            "beside/pods-on-a-bridge-reach-each-other",
+            10,
+            beside::pods_on_a_bridge_reach_each_other,
         ),
         ipvs("drain/a-flow-of-udp-moves", 10, drain::a_flow_of_udp_moves),
         ipvs(

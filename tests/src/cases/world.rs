@@ -8,7 +8,7 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 
 use crate::context::Context;
 use crate::dump;
@@ -220,7 +220,15 @@ pub(super) fn wait_for_ipvs(
     wait::until_ok(what, wait::SETTLED, || {
         node.check_alive()?;
         let table = dump::ipvs(node.netns())?;
-        ensure!(expected(&table), "IPVS:\n{table}");
+        if !expected(&table) {
+            let leaving = dump::leaving(node.netns())?;
+            let log = node.log()?;
+            let last: Vec<&str> = log.lines().rev().take(8).collect();
+            bail!(
+                "leaving:\n{leaving}the agent's last words:\n{}\nIPVS:\n{table}",
+                last.join("\n")
+            );
+        }
         Ok(table)
     })
 }

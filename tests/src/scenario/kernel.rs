@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
+use ferrule_datapath::modules::DEFAULT_CONNECTION_TABLE_BITS;
 use ferrule_datapath::{Node, Settings, Sysctls, apply};
 use ferrule_model::diff::diff_all;
 use ferrule_model::names::IfName;
@@ -59,6 +60,7 @@ async fn open(view: &NodeView) -> anyhow::Result<Node> {
             record: None,
         },
         load_modules: true,
+        connection_table_bits: DEFAULT_CONNECTION_TABLE_BITS,
         nft_program: PathBuf::from("nft"),
         excluded: Vec::new(),
     };
