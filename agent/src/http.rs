@@ -17,11 +17,13 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info};
 
-/// Connections that are served at the same time, by one listener.
-const MAX_CONNECTIONS: usize = 16;
+/// Connections that are served at the same time, by one listener. A load balancer that asks
+/// for the health must find a place beside who only holds one.
+const MAX_CONNECTIONS: usize = 512;
 
-/// How long a client may take for its request, and a connection altogether.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a client may take for its request, and a connection altogether. It has one request:
+/// an idle connection would keep its place from others.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECTION_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Pause after a connection that could not be taken, as where descriptors are short.
@@ -99,6 +101,7 @@ pub(crate) async fn serve<F>(
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)
+                .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), service);
             match timeout(CONNECTION_TIMEOUT, connection).await {
                 Ok(Ok(())) | Err(_) => {}

@@ -47,7 +47,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
@@ -57,7 +57,7 @@ use crate::desk::Desk;
 use crate::events::Events;
 use crate::leases::Leases;
 use crate::lock::{LockError, Owned};
-use crate::metrics::Face;
+use crate::metrics::{Configuration, Face};
 use crate::pods::Pods;
 use crate::programming::Programming;
 use crate::reconcile::{Asker, Reconciler};
@@ -140,6 +140,7 @@ fn start_log(format: LogFormat, level: &str) {
 async fn run(settings: RunSettings) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let hangup = signal(SignalKind::hangup())?;
     // Whatever can keep the agent from running is found out before anything is changed.
     let (config, node) = check::before_start(&settings)?;
     let followed = sources(&settings, &config)
@@ -179,13 +180,15 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
     let (asker, queries) = mpsc::channel(QUERIES);
     let reconciler = tokio::spawn(reconciler.run(followed.updates, queries));
     let asker = Asker::new(asker);
+    let (holds, held) = watch::channel(config.clone());
     tokio::spawn(reload::follow(
         settings.config.clone(),
-        config.clone(),
+        hangup,
+        holds,
         asker.clone(),
     ));
     let desk = Arc::new(Desk::new(Arc::clone(&pods), asker, sysctls));
-    face(&settings, &config, &node, &desk, &programming);
+    face(&settings, held, &node, &desk, &programming);
     tokio::spawn(supervisor::tell(Arc::clone(&programming)));
     let queue = tokio::spawn(Arc::clone(&pods).drain_queue());
     let house = tokio::spawn(housekeeping::keep(Arc::clone(&pods)));
@@ -207,7 +210,7 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
 /// Serves what kube-proxy serves, where it does or where somebody says.
 fn face(
     settings: &RunSettings,
-    config: &Config,
+    held: watch::Receiver<Config>,
     node: &str,
     desk: &Arc<Desk>,
     programming: &Arc<Programming>,
@@ -215,13 +218,19 @@ fn face(
     let address = |given: Option<ListenAddress>, of_file: Option<SocketAddr>, usual| {
         given.map_or(of_file.or(Some(usual)), |given| given.0)
     };
-    let healthz = address(settings.healthz, config.kube_proxy.healthz, HEALTHZ);
-    let metrics = address(settings.metrics, config.kube_proxy.metrics, METRICS);
+    let of_file = held.borrow().kube_proxy.clone();
+    let healthz = address(settings.healthz, of_file.healthz, HEALTHZ);
+    let metrics = address(settings.metrics, of_file.metrics, METRICS);
     tokio::spawn(healthz::serve(healthz, Arc::clone(programming)));
     let face = Face {
         desk: Arc::clone(desk),
         programming: Arc::clone(programming),
-        configuration: config.effective(node, healthz, metrics),
+        configuration: Configuration {
+            held,
+            node: node.to_owned(),
+            healthz,
+            metrics,
+        },
     };
     tokio::spawn(metrics::serve(metrics, face));
 }
@@ -256,6 +265,8 @@ async fn cleanup(settings: CleanupSettings) -> anyhow::Result<()> {
     let mut node_settings: ferrule_datapath::Settings = settings.node_settings.into();
     node_settings.excluded = config.kube_proxy.excluded;
     node_settings.sysctls.record = Some(settings.state_dir.join(SYSCTL_RECORD));
+    // It would make anew what is removed here, but for the settings that are put back.
+    let _nobody_else = own(&node_settings).context("nothing is removed; stop the agent first")?;
     ferrule_datapath::cleanup(node_settings)
         .await
         .context("not everything could be removed")?;

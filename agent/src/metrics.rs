@@ -16,9 +16,11 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, Response, StatusCode, header};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use self::exposed::Exposed;
 use self::format::Format;
+use crate::config::Config;
 use crate::desk::Desk;
 use crate::http::{self, Answer, plain};
 use crate::programming::Programming;
@@ -29,7 +31,23 @@ pub(crate) struct Face {
     pub(crate) desk: Arc<Desk>,
     pub(crate) programming: Arc<Programming>,
     /// The configuration that holds.
-    pub(crate) configuration: Value,
+    pub(crate) configuration: Configuration,
+}
+
+/// The configuration, and what the agent has made of the command line.
+#[derive(Debug)]
+pub(crate) struct Configuration {
+    pub(crate) held: watch::Receiver<Config>,
+    pub(crate) node: String,
+    pub(crate) healthz: Option<SocketAddr>,
+    pub(crate) metrics: Option<SocketAddr>,
+}
+
+impl Configuration {
+    fn effective(&self) -> Value {
+        let held = self.held.borrow();
+        held.effective(&self.node, self.healthz, self.metrics)
+    }
 }
 
 /// Serves until the program ends.
@@ -61,7 +79,7 @@ async fn answer(request: &Request<Incoming>, face: &Face) -> Answer {
         "/proxyMode" => of_kind("text/plain; charset=utf-8", "ipvs".to_owned()),
         "/healthz" => of_kind("text/plain; charset=utf-8", "ok".to_owned()),
         "/configz" => {
-            let text = json!({"kubeproxy.config.k8s.io": face.configuration});
+            let text = json!({"kubeproxy.config.k8s.io": face.configuration.effective()});
             of_kind("application/json", text.to_string())
         }
         _ => metrics(request, face).await,

@@ -18,6 +18,9 @@ use prometheus_client::registry::Registry;
 /// Most changes of which it is remembered when they were caused, until they are programmed.
 const MAX_TRIGGERS: usize = 4096;
 
+/// For how long the reconciler may be at one thing.
+const HANGS: Duration = Duration::from_mins(5);
+
 /// A counter for each answer of a health check.
 pub(crate) type Answers = Family<[(&'static str, &'static str); 1], Counter>;
 
@@ -39,6 +42,8 @@ struct State {
     updated: Option<Timestamp>,
     /// Whether the Node object says that the node goes.
     is_leaving: bool,
+    /// When the reconciler was last at the beginning of its loop.
+    turned: Option<Instant>,
     /// When the changes were caused that are not programmed.
     triggers: Vec<Timestamp>,
 }
@@ -119,6 +124,18 @@ impl Programming {
         if caused > self.started && state.triggers.len() < MAX_TRIGGERS {
             state.triggers.push(caused);
         }
+    }
+
+    /// Notes that the reconciler goes on.
+    pub(crate) fn note_turn(&self) {
+        self.state().turned = Some(Instant::now());
+    }
+
+    /// Whether the reconciler has not come round for [`HANGS`]: what only a restart cures. It
+    /// comes round once a second, and takes its time over the first tens of thousands of Services.
+    pub(crate) fn hangs(&self) -> bool {
+        let turned = self.state().turned;
+        turned.is_some_and(|turned| turned.elapsed() >= HANGS)
     }
 
     /// Notes whether the Node object says that the node goes.

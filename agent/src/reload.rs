@@ -7,7 +7,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::Signal;
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{error, info, warn};
@@ -18,16 +19,14 @@ use crate::reconcile::Asker;
 /// Time between two looks at the file. A `ConfigMap` takes a minute to come to a node.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// Follows the file for as long as the agent runs.
-pub(crate) async fn follow(path: Option<PathBuf>, first: Config, asker: Asker) {
-    let mut hangup = match signal(SignalKind::hangup()) {
-        Ok(hangup) => hangup,
-        Err(error) => {
-            error!(%error, "SIGHUP cannot be heard; the configuration is read at the start only");
-            return;
-        }
-    };
-    let mut holds = first;
+/// Follows the file for as long as the agent runs. `held` has the configuration that holds.
+pub(crate) async fn follow(
+    path: Option<PathBuf>,
+    mut hangup: Signal,
+    held: watch::Sender<Config>,
+    asker: Asker,
+) {
+    let mut holds = held.borrow().clone();
     let mut told: Option<String> = None;
     loop {
         let by_signal = tokio::select! {
@@ -55,6 +54,7 @@ pub(crate) async fn follow(path: Option<PathBuf>, first: Config, asker: Asker) {
                     }
                     asker.configure(Ok(Box::new(config.clone()))).await;
                     info!("the configuration was read anew and is applied");
+                    held.send_modify(|running| *running = live(running, &config));
                     holds = config;
                 } else if by_signal {
                     info!("SIGHUP: the configuration is as it was");
@@ -70,6 +70,20 @@ pub(crate) async fn follow(path: Option<PathBuf>, first: Config, asker: Asker) {
             }
         }
     }
+}
+
+/// What holds when a running agent has taken a new configuration; see [`waiting`].
+fn live(running: &Config, new: &Config) -> Config {
+    let mut live = new.clone();
+    live.policy.vip_binding = running.policy.vip_binding.clone();
+    live.api_servers.clone_from(&running.api_servers);
+    let (of_file, former) = (&mut live.kube_proxy, &running.kube_proxy);
+    of_file.node.clone_from(&former.node);
+    of_file.kubeconfig.clone_from(&former.kubeconfig);
+    of_file.metrics = former.metrics;
+    of_file.healthz = former.healthz;
+    of_file.sync_period = former.sync_period;
+    live
 }
 
 /// What of a new configuration a running agent does not take.
@@ -109,5 +123,8 @@ mod tests {
         new.api_servers = vec!["https://192.0.2.1:6443".to_owned()];
         new.kube_proxy.sync_period += Duration::from_secs(1);
         assert_eq!(waiting(&holds, &new), ["apiServer", "ipvs.syncPeriod"]);
+        let live = live(&holds, &new);
+        assert_eq!(waiting(&holds, &live), Vec::<&str>::new());
+        assert!(live.policy.masquerade_all);
     }
 }

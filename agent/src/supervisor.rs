@@ -1,5 +1,5 @@
 //! What a service manager is told (`sd_notify(3)`): that the agent is ready, and, as long as
-//! changes get into the kernel, that it is alive. Without such a manager nobody is told.
+//! its reconciler goes on, that it is alive. Without such a manager nobody is told.
 
 use std::env;
 use std::io;
@@ -30,8 +30,9 @@ pub(crate) async fn tell(programming: Arc<Programming>) {
     };
     info!(?pause, "the service manager's watchdog is told");
     loop {
-        // A pass that hangs is what a restart may cure; that the cluster is away is not.
-        if programming.health().is_up_to_date {
+        // A restart may cure a pass that hangs, and neither that the cluster is away nor what
+        // the kernel lacks.
+        if !programming.hangs() {
             manager.tell("WATCHDOG=1\n");
         }
         sleep(pause).await;

@@ -203,7 +203,11 @@ async fn configure_pod(sides: &Sides, pair: &Pair) -> Result<(), Failure> {
 async fn configure_host(sides: &Sides, pair: &Pair) -> Result<Link, Failure> {
     let name = &pair.host_name;
     let link = made(sides.host.link(name.as_str()).await?, name.as_str())?;
-    let mut settings = vec![sysctl::NO_DAD, sysctl::NO_REDIRECTS];
+    let mut settings = vec![
+        sysctl::NO_DAD,
+        sysctl::NO_REDIRECTS,
+        sysctl::NO_ADVERTISEMENTS,
+    ];
     if pair.has_ipv6() {
         settings.push(sysctl::IPV6_ON);
     }

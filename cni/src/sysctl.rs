@@ -42,6 +42,9 @@ pub(crate) const NO_DAD: Setting = (Family::Ipv6, "accept_dad", "0");
 /// Redirects make no sense where the link has one neighbour only.
 pub(crate) const NO_REDIRECTS: Setting = (Family::Ipv4, "send_redirects", "0");
 
+/// No pod is a router of its node.
+pub(crate) const NO_ADVERTISEMENTS: Setting = (Family::Ipv6, "accept_ra", "0");
+
 /// Some runtimes start containers with IPv6 off in `conf/default`.
 pub(crate) const IPV6_ON: Setting = (Family::Ipv6, "disable_ipv6", "0");
 

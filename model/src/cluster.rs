@@ -1,11 +1,12 @@
 //! Facts about the cluster, as the sources told them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
-use crate::address::parse_address;
+use crate::address::{BackendAddr, parse_address};
 use crate::kube::{
-    AddressKind, EndpointSlice, Kind, LOST_TAINTS, Node, Object, ObjectKey, Service, ServiceCidr,
+    AddressKind, Endpoint, EndpointSlice, Kind, LOST_TAINTS, Node, Object, ObjectKey, Service,
+    ServiceCidr,
 };
 use crate::names::ObjectName;
 
@@ -26,6 +27,8 @@ pub struct ClusterState {
     /// Slices by the Service that their label names.
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
     nodes: BTreeMap<String, Node>,
+    /// Nodes that were there once, at most [`GONE_NODES`].
+    gone_nodes: BTreeSet<String>,
     /// Nodes by each of their addresses.
     nodes_at: Index<String>,
     /// Services by each address that they name and no ServiceCIDR gave them: a Node
@@ -33,6 +36,9 @@ pub struct ClusterState {
     named: Index<ObjectName>,
     service_cidrs: BTreeMap<String, ServiceCidr>,
 }
+
+/// How many names of Nodes that are gone are kept.
+const GONE_NODES: usize = 4096;
 
 /// What has each address.
 type Index<K> = BTreeMap<IpAddr, BTreeSet<K>>;
@@ -55,7 +61,12 @@ pub struct Touched {
     pub nodes: BTreeSet<String>,
     /// Whether the ranges of cluster addresses may differ now.
     pub service_cidrs: bool,
+    /// What was said last of endpoints that a slice names no longer.
+    pub left: Left,
 }
+
+/// What slices said of endpoints that they name no longer.
+pub type Left = BTreeMap<BackendAddr, Listing>;
 
 impl ClusterState {
     /// Takes an event in. Telling what is known already touches nothing.
@@ -98,11 +109,20 @@ impl ClusterState {
             }
             Kind::EndpointSlice => {
                 let mut touched = Touched::default();
+                if let Some(slice) = self.slices.get(&key.name) {
+                    touched.left = left(slice, &[]);
+                }
                 touched.services.extend(self.remove_slice(&key.name));
                 touched
             }
             Kind::Node => {
                 let old = self.nodes.remove(&key.name.name);
+                if old.is_some() {
+                    self.gone_nodes.insert(key.name.name.clone());
+                    if self.gone_nodes.len() > GONE_NODES {
+                        self.gone_nodes.pop_first();
+                    }
+                }
                 let mut touched = self.move_node(&key.name.name, old.as_ref(), None);
                 touched.merge(Touched::node(key.name.name, old.is_none()));
                 touched
@@ -118,6 +138,7 @@ impl ClusterState {
         let old = self.nodes.get(&name).cloned();
         let mut touched = self.move_node(&name, old.as_ref(), Some(&node));
         touched.merge(Touched::node(name.clone(), old.as_ref() == Some(&node)));
+        self.gone_nodes.remove(&name);
         self.nodes.insert(name, node);
         touched
     }
@@ -139,8 +160,10 @@ impl ClusterState {
     fn put_slice(&mut self, slice: EndpointSlice) -> Touched {
         let mut touched = Touched::default();
         let name = slice.metadata.object_name();
-        if self.slices.get(&name) == Some(&slice) {
-            return touched;
+        match self.slices.get(&name) {
+            Some(former) if *former == slice => return touched,
+            Some(former) => touched.left = left(former, &slice.endpoints),
+            None => {}
         }
         touched.services.extend(self.remove_slice(&name));
         if let Some(service) = slice.service() {
@@ -196,12 +219,12 @@ impl ClusterState {
         self.nodes.iter().map(|(name, node)| (&**name, node))
     }
 
-    /// Whether the Node of that name is gone, or tainted as lost. Where there are no
-    /// Nodes, nothing is known of any.
+    /// Whether the Node of that name is gone, or tainted as lost. Of one that was never there,
+    /// or of all together, nothing is known: a folder of manifests may have one object alone.
     #[must_use]
     pub fn is_lost(&self, name: &str) -> bool {
         match self.nodes.get(name) {
-            None => !self.nodes.is_empty(),
+            None => !self.nodes.is_empty() && self.gone_nodes.contains(name),
             Some(node) => {
                 let mut taints = node.spec.taints.iter();
                 taints.any(|taint| LOST_TAINTS.contains(&&*taint.key))
@@ -209,20 +232,20 @@ impl ClusterState {
         }
     }
 
-    /// What the slices of all Services say of endpoints at these addresses; one that is in
-    /// none is left out. Where several say something, whoever says that it lives counts.
+    /// What the slices of all Services say of these endpoints; one that is in none is left
+    /// out. Where several say something, whoever says that it lives counts.
     #[must_use]
-    pub fn listed(&self, ips: &BTreeSet<IpAddr>) -> BTreeMap<IpAddr, Listing> {
-        listed(self.slices.values(), ips)
+    pub fn listed(&self, backends: &BTreeSet<BackendAddr>) -> BTreeMap<BackendAddr, Listing> {
+        listed(self.slices.values(), backends)
     }
 
     /// The same of the slices of one Service.
     pub(crate) fn listed_of(
         &self,
         service: &ObjectName,
-        ips: &BTreeSet<IpAddr>,
-    ) -> BTreeMap<IpAddr, Listing> {
-        listed(self.slices_of(service), ips)
+        backends: &BTreeSet<BackendAddr>,
+    ) -> BTreeMap<BackendAddr, Listing> {
+        listed(self.slices_of(service), backends)
     }
 
     /// The first Node but `node` that has this address.
@@ -252,35 +275,73 @@ impl ClusterState {
     }
 }
 
+/// Several pods may have one address, that of their node: the port tells them apart. A slice
+/// without a number may mean any.
 fn listed<'a>(
     slices: impl Iterator<Item = &'a EndpointSlice>,
-    ips: &BTreeSet<IpAddr>,
-) -> BTreeMap<IpAddr, Listing> {
-    let mut listed: BTreeMap<IpAddr, Listing> = BTreeMap::new();
+    backends: &BTreeSet<BackendAddr>,
+) -> BTreeMap<BackendAddr, Listing> {
+    let mut listed: BTreeMap<BackendAddr, Listing> = BTreeMap::new();
+    let mut ports: BTreeMap<IpAddr, Vec<BackendAddr>> = BTreeMap::new();
+    for backend in backends {
+        ports.entry(backend.ip).or_default().push(*backend);
+    }
     // Nearly all addresses are written as we would write them.
-    let texts: HashMap<String, IpAddr> = ips.iter().map(|ip| (ip.to_string(), *ip)).collect();
-    for endpoint in slices.flat_map(|slice| &slice.endpoints) {
-        let Some(text) = endpoint.addresses.first() else {
-            continue;
+    let texts: HashMap<String, IpAddr> = ports.keys().map(|ip| (ip.to_string(), *ip)).collect();
+    for slice in slices {
+        let has = |port: u16| {
+            let mut numbers = slice.ports.iter().map(|port| port.port);
+            numbers.any(|number| number.is_none_or(|number| number == port))
         };
-        let ip = texts.get(text.as_str()).copied().or_else(|| {
-            let ip = text.contains(':').then(|| parse_address(text).ok())?;
-            ip.filter(|ip| ips.contains(ip))
-        });
-        let Some(ip) = ip else {
-            continue;
-        };
-        let terminating = endpoint.conditions.terminating.unwrap_or(false);
-        let listing = listed.entry(ip).or_insert_with(|| Listing {
-            node: None,
-            terminating,
-        });
-        listing.terminating &= terminating;
-        if listing.node.is_none() {
-            listing.node.clone_from(&endpoint.node_name);
+        for endpoint in &slice.endpoints {
+            let Some(text) = endpoint.addresses.first() else {
+                continue;
+            };
+            let ip = texts.get(text.as_str()).copied().or_else(|| {
+                let ip = text.contains(':').then(|| parse_address(text).ok())?;
+                ip.filter(|ip| ports.contains_key(ip))
+            });
+            let at = ip.and_then(|ip| ports.get(&ip)).into_iter().flatten();
+            for backend in at.filter(|backend| has(backend.port)) {
+                let terminating = endpoint.conditions.terminating.unwrap_or(false);
+                let listing = listed.entry(*backend).or_insert_with(|| Listing {
+                    node: None,
+                    terminating,
+                });
+                listing.terminating &= terminating;
+                if listing.node.is_none() {
+                    listing.node.clone_from(&endpoint.node_name);
+                }
+            }
         }
     }
     listed
+}
+
+/// What a slice said of endpoints that are not among these.
+fn left(former: &EndpointSlice, endpoints: &[Endpoint]) -> Left {
+    let still: HashSet<&str> = endpoints
+        .iter()
+        .filter_map(|endpoint| endpoint.addresses.first())
+        .map(String::as_str)
+        .collect();
+    let gone = former.endpoints.iter().filter_map(|endpoint| {
+        let text = endpoint.addresses.first()?;
+        let ip = (!still.contains(text.as_str())).then(|| parse_address(text).ok())??;
+        Some((ip, endpoint))
+    });
+    let gone = gone.flat_map(|(ip, endpoint)| {
+        let ports = former.ports.iter().filter_map(|port| port.port);
+        let backends = ports.map(move |port| BackendAddr::new(ip, port));
+        backends.map(|backend| {
+            let listing = Listing {
+                node: endpoint.node_name.clone(),
+                terminating: endpoint.conditions.terminating.unwrap_or(false),
+            };
+            (backend, listing)
+        })
+    });
+    gone.collect()
 }
 
 /// The addresses that a Service names itself: `spec.externalIPs` and those of its
@@ -346,5 +407,6 @@ impl Touched {
         self.services.extend(other.services);
         self.nodes.extend(other.nodes);
         self.service_cidrs |= other.service_cidrs;
+        self.left.extend(other.left);
     }
 }

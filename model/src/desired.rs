@@ -14,7 +14,7 @@ use ipnetwork::IpNetwork;
 use crate::address::{Family, FrontendAddr, Protocol};
 use crate::binding::{Binding, VipBinding};
 use crate::change::Change;
-use crate::cluster::ClusterState;
+use crate::cluster::{ClusterState, Left};
 use crate::condition::{Condition, Reason};
 use crate::drain::{Drains, End, Server};
 use crate::endpoints::BackendState;
@@ -50,6 +50,8 @@ pub struct Scope {
     /// Backends that were used while their pods were being ended, and of which nobody
     /// will hear again: they need no drain.
     pub ended: BTreeSet<Server>,
+    /// What was said last of endpoints that a slice names no longer.
+    pub left: Left,
 }
 
 impl Scope {
@@ -60,6 +62,7 @@ impl Scope {
         self.hairpins.extend(other.hairpins);
         self.marked.extend(other.marked);
         self.ended.extend(other.ended);
+        self.left.extend(other.left);
     }
 
     /// Adds what a change is about.
@@ -189,6 +192,7 @@ impl Desired {
             });
             self.drains.set(key, &unwanted.collect(), now);
         }
+        self.drains.note(&scope.left);
         for server in &scope.ended {
             self.drains.end(server);
         }
@@ -439,15 +443,25 @@ impl Desired {
         }
     }
 
-    /// Whether a program of this node answers at this place of a VIP.
+    /// Whether a program of this node answers at this place of a VIP: the health check of a
+    /// Service, unless the place is a frontend.
     #[must_use]
     pub fn is_served(&self, addr: &FrontendAddr) -> bool {
-        self.served.contains_key(addr)
+        self.served.contains_key(addr) && self.frontend(addr).is_none()
     }
 
     /// Every such place, in order.
     pub fn served(&self) -> impl Iterator<Item = FrontendAddr> {
-        self.served.keys().copied()
+        let all = self.served.keys().copied();
+        all.filter(|addr| self.frontend(addr).is_none())
+    }
+
+    /// Every place where load balancers ask for the health of a Service, also at addresses of
+    /// this node, by the Service.
+    pub fn asked(&self) -> impl Iterator<Item = FrontendAddr> {
+        let services = self.health_checks.keys();
+        let plans = services.filter_map(|name| self.plans.get(name));
+        plans.flat_map(|plan| plan.asked.iter().copied())
     }
 
     /// The frontend at `addr`, of the pod or Service that holds it.
@@ -499,7 +513,14 @@ impl Desired {
         })
     }
 
-    /// Who may call the frontend; none admits everyone. A process of this node
+    /// Whether only clients of some networks may call the frontend: those that are admitted.
+    #[must_use]
+    pub fn is_restricted(&self, addr: &FrontendAddr) -> bool {
+        let frontend = self.frontend(addr);
+        frontend.is_some_and(|frontend| !frontend.source_ranges.is_empty())
+    }
+
+    /// Who may call the frontend, if it is restricted: that may be nobody. A process of this node
     /// may call with the VIP as its source, where that is an address of the VIP
     /// device: it is admitted where the node's own address is, and nowhere else.
     #[must_use]
@@ -655,9 +676,9 @@ fn ended(
         }
     }
     if !ended.is_empty() {
-        let ips = ended.iter().map(|(_, backend): &Server| backend.ip);
-        let listed = cluster.listed_of(name, &ips.collect());
-        ended.retain(|(_, backend)| !listed.contains_key(&backend.ip));
+        let backends = ended.iter().map(|(_, backend): &Server| *backend);
+        let listed = cluster.listed_of(name, &backends.collect());
+        ended.retain(|(_, backend)| !listed.contains_key(backend));
     }
     ended
 }

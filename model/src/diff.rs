@@ -289,7 +289,7 @@ fn diff_restriction(
     let wanted = desired.admitted(addr);
     let nobody = BTreeSet::new();
     let present = observed.admitted.get(addr).unwrap_or(&nobody);
-    let (limit, limited) = (!wanted.is_empty(), observed.limited.contains(addr));
+    let (limit, limited) = (desired.is_restricted(addr), observed.limited.contains(addr));
     let how = Restriction {
         admit: wanted.difference(present).copied().collect(),
         dismiss: present.difference(&wanted).copied().collect(),

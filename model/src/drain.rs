@@ -14,7 +14,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::address::BackendAddr;
-use crate::cluster::ClusterState;
+use crate::cluster::{ClusterState, Left};
 use crate::observed::Observed;
 use crate::service::ServiceKey;
 
@@ -123,6 +123,22 @@ impl Drains {
         }
     }
 
+    /// Takes in what was said last of endpoints that a slice names no longer: of one that has
+    /// left at once nothing else tells where it was.
+    pub(crate) fn note(&mut self, left: &Left) {
+        if left.is_empty() {
+            return;
+        }
+        for ((_, backend), drain) in &mut self.0 {
+            if let (None, Some(listing)) = (&drain.left, left.get(backend)) {
+                drain.terminating |= listing.terminating;
+                if drain.node.is_none() {
+                    drain.node.clone_from(&listing.node);
+                }
+            }
+        }
+    }
+
     /// Forgets those that have ended and are gone from the kernel.
     pub(crate) fn forget_gone(&mut self, observed: &Observed) {
         self.0.retain(|(key, backend), drain| {
@@ -148,15 +164,16 @@ impl Drains {
         now: Instant,
         is_gone: impl Fn(IpAddr) -> bool,
     ) -> Vec<(Server, End)> {
-        let ips: BTreeSet<IpAddr> = self.live().map(|((_, backend), _)| backend.ip).collect();
-        if ips.is_empty() {
+        let backends: BTreeSet<BackendAddr> =
+            self.live().map(|((_, backend), _)| *backend).collect();
+        if backends.is_empty() {
             return Vec::new();
         }
-        let listed = cluster.listed(&ips);
+        let listed = cluster.listed(&backends);
         let mut ends = Vec::new();
         for (server, drain) in self.0.iter_mut().filter(|(_, drain)| !drain.over) {
             let ip = server.1.ip;
-            if let Some(listing) = listed.get(&ip) {
+            if let Some(listing) = listed.get(&server.1) {
                 drain.left = None;
                 drain.terminating = listing.terminating;
                 if listing.node.is_some() {

@@ -148,6 +148,12 @@ impl Networks {
             services: policy.service_cidrs.iter().copied().collect(),
             ..Self::default()
         };
+        // What is configured counts for its family.
+        let configured: BTreeSet<Family> = policy
+            .cluster_cidrs
+            .iter()
+            .map(|network| Family::of(network.ip()))
+            .collect();
         let former = former.filter(|_| cluster.node(node).is_none());
         let former = former.map(|object| (node, object));
         for (name, object) in cluster.nodes().chain(former) {
@@ -155,9 +161,9 @@ impl Networks {
             if name == node {
                 networks.node_pods.extend(&ranges);
             }
-            if policy.cluster_cidrs.is_empty() {
-                networks.pods.extend(ranges);
-            }
+            let others = ranges.into_iter();
+            let others = others.filter(|range| !configured.contains(&Family::of(range.ip())));
+            networks.pods.extend(others);
         }
         for (name, object) in cluster.service_cidrs() {
             for text in &object.spec.cidrs {
@@ -182,6 +188,17 @@ impl Networks {
             None => networks.non_masquerade.extend(link_local()),
         }
         (networks, conditions)
+    }
+
+    /// The pods' networks that lie within a range of cluster addresses: what pods have is not
+    /// taken from them. A pod network around the whole range is no claim to its addresses.
+    #[must_use]
+    pub fn pods_among_services(&self) -> BTreeSet<IpNetwork> {
+        let lies_within = |pods: &&IpNetwork| {
+            let mut services = self.services.iter();
+            services.any(|range| range.prefix() <= pods.prefix() && range.contains(pods.network()))
+        };
+        self.pods.iter().filter(lies_within).copied().collect()
     }
 
     /// Whether `ip` lies in the pod network. Without a pod network of its

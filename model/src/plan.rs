@@ -207,6 +207,8 @@ fn rows(view: &NodeView, addr: FrontendAddr, frontend: &Frontend) -> Vec<Fronten
     };
     match &frontend.internal {
         None => vec![own("any")],
+        // Told apart in the kernel, and led to the same.
+        Some(internal) if internal.backends == frontend.backends => vec![own("any")],
         Some(internal) => vec![
             row(
                 "internal",

@@ -32,6 +32,8 @@ pub(crate) struct ServicePlan {
     /// Where a program of this node answers at a VIP: load balancers ask for the
     /// health there.
     pub(crate) served: BTreeSet<FrontendAddr>,
+    /// Likewise, also at addresses of this node, where nothing stands in the way.
+    pub(crate) asked: BTreeSet<FrontendAddr>,
 }
 
 impl ServicePlan {
@@ -163,6 +165,7 @@ impl Planner<'_> {
         plan.health_check = health_check(service, common.external, &ready);
         if let Some(check) = plan.health_check {
             let at = |ip: &IpAddr| FrontendAddr::new(*ip, check.port, Protocol::Tcp);
+            plan.asked = common.vips.balancer.iter().map(at).collect();
             // The node's own addresses have no guard that would refuse it there.
             let vips = common.vips.balancer.difference(&self.facts.own);
             plan.served = vips.map(at).collect();
@@ -260,9 +263,8 @@ impl Planner<'_> {
         };
         for (kind, ips, number) in [
             (FrontendKind::ClusterIP, &vips.cluster, port.spec.port),
-            (FrontendKind::NodePort, nodes, port.spec.node_port),
-            // An address that is both is filtered as the balancer's.
             (FrontendKind::LoadBalancer, &vips.balancer, port.spec.port),
+            (FrontendKind::NodePort, nodes, port.spec.node_port),
             (FrontendKind::ExternalIP, &vips.external, port.spec.port),
         ] {
             for ip in ips.iter().filter(|ip| Family::of(**ip) == port.family) {
@@ -315,9 +317,15 @@ impl Planner<'_> {
             backends: backends.clone(),
             empty,
             preserves_client: kind.is_external() && policy == TrafficPolicy::Local,
+            // An address that is also another is filtered as the balancer's.
             source_ranges: match kind {
-                FrontendKind::LoadBalancer => common.ranges.of_family(Family::of(addr.ip)).clone(),
-                FrontendKind::ClusterIP
+                FrontendKind::LoadBalancer | FrontendKind::ClusterIP
+                    if common.vips.balancer.contains(&addr.ip) =>
+                {
+                    common.ranges.of_family(Family::of(addr.ip)).clone()
+                }
+                FrontendKind::LoadBalancer
+                | FrontendKind::ClusterIP
                 | FrontendKind::NodePort
                 | FrontendKind::ExternalIP
                 | FrontendKind::HostPort => BTreeSet::new(),
@@ -329,13 +337,11 @@ impl Planner<'_> {
     }
 
     /// How clients within the cluster fare under policy Local: they use the endpoints
-    /// of all nodes. Nothing, where these are the same.
+    /// of all nodes, also where these are those of this node just now. Their connections
+    /// would end with the virtual service otherwise, whenever that becomes so.
     fn internal(&self, port: &Port<'_>, common: &Common) -> Option<Internal> {
-        let Choice { cluster, local } = port.choice;
-        if cluster.is_empty() || cluster == local {
-            return None;
-        }
-        Some(Internal {
+        let cluster = &port.choice.cluster;
+        (!cluster.is_empty()).then(|| Internal {
             holder: MarkHolder {
                 service: self.name.clone(),
                 port: port.spec.name.clone(),

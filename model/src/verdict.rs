@@ -231,11 +231,11 @@ impl Way<'_> {
 
     /// Chains `admit-remote` and `admit-local`.
     fn is_admitted(&self) -> bool {
-        let admitted = self.desired.admitted(&self.packet.target);
-        admitted.is_empty()
-            || admitted
-                .iter()
-                .any(|network| network.contains(self.packet.source))
+        let target = &self.packet.target;
+        let admitted = self.desired.admitted(target);
+        let mut networks = admitted.iter();
+        !self.desired.is_restricted(target)
+            || networks.any(|network| network.contains(self.packet.source))
     }
 
     /// By what the client counts as within the cluster.
@@ -308,7 +308,8 @@ impl Way<'_> {
         let networks = &self.nat.networks;
         let target = self.packet.target.ip;
         let service = among(&networks.services, target) == Membership::Inside;
-        let pod = among(&networks.pods, target) == Membership::Inside;
+        let pods = networks.pods_among_services();
+        let pod = among(&pods, target) == Membership::Inside;
         (service && !pod).then_some(Verdict::Unallocated)
     }
 

@@ -70,7 +70,10 @@ impl NodeView {
         for event in events {
             touched.merge(self.cluster.apply(event));
         }
-        let mut scope = Scope::default();
+        let mut scope = Scope {
+            left: std::mem::take(&mut touched.left),
+            ..Scope::default()
+        };
         if touched.service_cidrs || !touched.nodes.is_empty() {
             if let Some(object) = self.cluster.node(&self.node) {
                 self.object = Some(object.clone());
@@ -163,16 +166,29 @@ impl NodeView {
             .own
             .as_ref()
             .map(|own| own.iter().map(|address| address.ip).collect());
+        let mut facts = NodeFacts::new(
+            own.as_ref(),
+            self.object.as_ref(),
+            &self.policy,
+            &self.networks.node_pods,
+        );
+        if self.own.is_some() {
+            facts.primary = self.addresses();
+        }
         NodeFacts {
             missing_schedulers: self.missing_schedulers.clone(),
             sources: self.sources(),
-            ..NodeFacts::new(
-                own.as_ref(),
-                self.object.as_ref(),
-                &self.policy,
-                &self.networks.node_pods,
-            )
+            ..facts
         }
+    }
+
+    /// The address of each family that stands for the node, of those that the machine has.
+    fn addresses(&self) -> BTreeMap<Family, IpAddr> {
+        let own = self.own.as_deref().unwrap_or_default();
+        let object = self.object.as_ref();
+        let families = Family::ALL.into_iter();
+        let known = families.map(|family| Some((family, node_address(own, object, family)?)));
+        known.flatten().collect()
     }
 
     /// By which addresses processes of the node call VIPs, where routes can say that.
@@ -180,11 +196,7 @@ impl NodeView {
         if self.policy.vip_binding != VipBinding::Route {
             return BTreeMap::new();
         }
-        let own = self.own.as_deref().unwrap_or_default();
-        let object = self.object.as_ref();
-        let families = Family::ALL.into_iter();
-        let sources = families.map(|family| Some((family, node_address(own, object, family)?)));
-        sources.flatten().collect()
+        self.addresses()
     }
 
     /// Name of the node.

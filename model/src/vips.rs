@@ -54,7 +54,7 @@ impl Vips {
             ("spec.clusterIPs", spec.cluster_ips.as_slice())
         };
         let cluster = reader.parse(field, texts.iter());
-        let families: BTreeSet<Family> = cluster.iter().map(|ip| Family::of(*ip)).collect();
+        let families: BTreeSet<Family> = texts.iter().filter_map(|text| family_of(text)).collect();
         let cluster = reader.without_own(field, cluster);
         let external = reader.parse("spec.externalIPs", spec.external_ips.iter());
         let external = reader.allowed(external);
@@ -72,6 +72,18 @@ impl Vips {
             families,
         }
     }
+}
+
+/// The family that a cluster address is meant to be of. One that cannot be served takes
+/// nothing away from the Service's other addresses.
+fn family_of(text: &str) -> Option<Family> {
+    (!text.is_empty()).then(|| {
+        if text.contains(':') {
+            Family::IPv6
+        } else {
+            Family::IPv4
+        }
+    })
 }
 
 impl Reader<'_> {

@@ -262,6 +262,59 @@ fn a_node_whose_object_is_gone_is_lost_where_there_are_others() {
     assert_eq!(world.ends(MINUTE, &[]), [End::NodeGone]);
 }
 
+/// A folder of manifests may have the object of this node alone.
+#[test]
+fn a_node_that_was_never_there_is_not_lost() {
+    let mut world = World::new();
+    world.list([
+        endpoint("10.1.0.1", "n7", false, false),
+        endpoint("10.1.0.2", "n1", true, false),
+    ]);
+    assert_eq!(world.ends(MINUTE, &[]), []);
+}
+
+/// Nobody has looked at it while it drained and was listed.
+#[test]
+fn where_an_endpoint_was_that_left_at_once_is_known() {
+    let mut world = World::new();
+    world.tell(node("n2", &[]));
+    world.list([]);
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    let gone = Event::Deleted(ObjectKey {
+        kind: Kind::Node,
+        name: ObjectName::new("", "n1"),
+    });
+    world.view.take([gone]);
+    assert_eq!(world.ends(MINUTE, &[]), [End::NodeGone, End::NodeGone]);
+}
+
+/// Pods with the address of their node are told apart by their ports.
+#[test]
+fn another_endpoint_at_the_same_address_holds_nothing_up() {
+    let mut world = World::new();
+    let mut slice = EndpointSlice::default();
+    "other-4".clone_into(&mut slice.metadata.name);
+    slice.metadata.labels = [(SERVICE_NAME_LABEL.to_owned(), "other".to_owned())].into();
+    slice.address_type = AddressType::IPv4;
+    slice.ports = vec![EndpointPort {
+        port: Some(9100),
+        ..EndpointPort::default()
+    }];
+    slice.endpoints = vec![endpoint("10.1.0.1", "n1", true, false)];
+    world.tell(Object::EndpointSlice(slice.clone()));
+    world.list([endpoint("10.1.0.2", "n1", true, false)]);
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    assert_eq!(world.ends(12 * MINUTE, &[]), [End::Bound]);
+
+    // With the same port it is the same pod.
+    let mut world = World::new();
+    slice.ports[0].port = Some(8080);
+    world.tell(Object::EndpointSlice(slice));
+    world.list([endpoint("10.1.0.2", "n1", true, false)]);
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    assert_eq!(world.ends(12 * MINUTE, &[]), []);
+}
+
 #[test]
 fn ends_have_words() {
     let words = End::ALL.map(End::name);

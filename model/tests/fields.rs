@@ -17,6 +17,8 @@ use ferrule_model::kube::{
     NodeAddress, Object, SERVICE_NAME_LABEL, Service, ServicePort, ServiceType, WEIGHT_ANNOTATION,
 };
 use ferrule_model::network::{Policy, outermost, parse_network};
+use ferrule_model::source_nat::OwnAddress;
+use ferrule_model::verdict::{Loss, Packet, Source, Verdict, verdict};
 use ferrule_model::view::NodeView;
 
 fn service() -> Service {
@@ -273,7 +275,7 @@ fn backends_of_this_node_may_call_themselves() {
 }
 
 #[test]
-fn clients_within_the_cluster_are_told_apart_where_they_fare_otherwise() {
+fn clients_within_the_cluster_are_told_apart_where_there_are_endpoints() {
     let internal = |endpoints: &[(&str, Option<&str>)]| {
         let mut web = service();
         web.spec.external_ips = vec!["203.0.113.1".to_owned()];
@@ -290,7 +292,12 @@ fn clients_within_the_cluster_are_told_apart_where_they_fare_otherwise() {
     let backend = |ip: &str| BackendAddr::new(ip.parse::<IpAddr>().unwrap(), 8080);
     let (here, there) = (("10.1.0.2", Some("n0")), ("10.1.1.2", Some("n1")));
     assert_eq!(internal(&[]), None);
-    assert_eq!(internal(&[here]), None, "the same for all");
+    let same = Some(vec![backend("10.1.0.2")]);
+    assert_eq!(
+        internal(&[here]),
+        same,
+        "lest connections end when they come to be the same"
+    );
     assert_eq!(internal(&[there]), Some(vec![backend("10.1.1.2")]));
     assert_eq!(
         internal(&[here, there]),
@@ -342,4 +349,115 @@ fn what_is_wrong_with_the_nodes_object_is_said() {
     assert_eq!(no_network, ["InvalidPodRange"]);
     let too_small = told(|node| node.spec.pod_cidrs = vec!["10.1.0.0/31".to_owned()]);
     assert_eq!(too_small, ["InvalidPodRange"]);
+}
+
+/// The VIP alone is no network that a client can be in.
+#[test]
+fn ranges_that_hold_the_vip_alone_admit_nobody() {
+    let mut web = service();
+    web.spec.service_type = ServiceType::LoadBalancer;
+    web.status.load_balancer.ingress = vec![ingress("198.51.100.10", "")];
+    web.spec.load_balancer_source_ranges = vec!["198.51.100.10/32".to_owned()];
+    let view = view([
+        Object::Service(web),
+        Object::EndpointSlice(slice(&[("10.1.0.2", Some("n0"))])),
+    ]);
+    let target = FrontendAddr::new("198.51.100.10".parse().unwrap(), 80, Protocol::Tcp);
+    assert!(view.desired().is_restricted(&target));
+    assert!(view.desired().admitted(&target).is_empty());
+    let packet = Packet {
+        source: "203.0.113.5".parse().unwrap(),
+        device: Some("eth0"),
+        target,
+    };
+    assert_eq!(
+        verdict(view.desired(), &view.source_nat(), &packet),
+        Verdict::Dropped(Loss::NotAdmitted)
+    );
+}
+
+/// What is configured for one family says nothing of the other.
+#[test]
+fn the_pod_network_is_known_for_each_family() {
+    let mut object = node();
+    object.spec.pod_cidrs.push("fd00:1:0::/64".to_owned());
+    let policy = Policy {
+        cluster_cidrs: vec![parse_network("10.0.0.0/8").unwrap()],
+        ..Policy::default()
+    };
+    let mut view = NodeView::new("n0", policy);
+    view.take([Event::Applied(Box::new(Object::Node(object)))]);
+    let pods = ["10.0.0.0/8", "fd00:1::/64"].map(|text| parse_network(text).unwrap());
+    assert_eq!(view.networks().pods, pods.into());
+}
+
+/// A pod network around the service range is no claim to its addresses; one within it is.
+#[test]
+fn a_service_address_that_no_service_has_is_refused_within_the_pod_network() {
+    for (pods, target, expected) in [
+        ("10.0.0.0/8", "10.96.77.7", Verdict::Unallocated),
+        ("10.96.77.0/24", "10.96.77.7", Verdict::Passed(Source::Kept)),
+        ("10.96.77.0/24", "10.96.78.7", Verdict::Unallocated),
+    ] {
+        let policy = Policy {
+            cluster_cidrs: vec![parse_network(pods).unwrap()],
+            service_cidrs: vec![parse_network("10.96.0.0/16").unwrap()],
+            ..Policy::default()
+        };
+        let view = NodeView::new("n0", policy);
+        let packet = Packet {
+            source: "198.51.100.7".parse().unwrap(),
+            device: Some("eth0"),
+            target: FrontendAddr::new(target.parse().unwrap(), 443, Protocol::Tcp),
+        };
+        let found = verdict(view.desired(), &view.source_nat(), &packet);
+        assert_eq!(found, expected, "{pods} {target}");
+    }
+}
+
+#[test]
+fn a_cluster_address_that_makes_no_sense_takes_nothing_else_away() {
+    let mut web = service();
+    web.spec.cluster_ips = vec!["10.96.0.300".to_owned()];
+    web.spec.external_ips = vec!["203.0.113.2".to_owned()];
+    let view = view([
+        Object::Service(web),
+        Object::EndpointSlice(slice(&[("10.1.0.2", Some("n0"))])),
+    ]);
+    let frontend = at(&view, "203.0.113.2", 80).unwrap();
+    assert_eq!(frontend.action(), Action::Balance);
+}
+
+/// Load balancers ask at every VIP, also at one that the node has; a frontend comes first.
+#[test]
+fn where_health_is_asked_for() {
+    let mut web = service();
+    web.spec.service_type = ServiceType::LoadBalancer;
+    web.spec.external_traffic_policy = "Local".to_owned();
+    web.spec.health_check_node_port = 32_000;
+    web.status.load_balancer.ingress = ["192.0.2.1", "198.51.100.10"]
+        .map(|ip| ingress(ip, ""))
+        .into();
+    let places = |web: Service| {
+        let view = view([Object::Service(web), Object::Node(node())]);
+        let own = |ip: &str| OwnAddress {
+            ip: ip.parse().unwrap(),
+            link: parse_network("192.0.2.0/24").unwrap(),
+            device: "eth0".to_owned(),
+        };
+        let mut view = view;
+        view.set_own(vec![own("192.0.2.1")]);
+        let desired = view.desired();
+        let texts = |places: Vec<FrontendAddr>| -> Vec<String> {
+            places.iter().map(|place| place.ip.to_string()).collect()
+        };
+        (
+            texts(desired.asked().collect()),
+            texts(desired.served().collect()),
+        )
+    };
+    let all = vec!["192.0.2.1".to_owned(), "198.51.100.10".to_owned()];
+    assert_eq!(places(web.clone()), (all.clone(), vec![all[1].clone()]));
+    web.spec.ports = vec![port("", 32_000)];
+    assert_eq!(places(web), (all, Vec::new()));
 }

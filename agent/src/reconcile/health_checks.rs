@@ -57,7 +57,7 @@ impl Reconciler {
         let board = Board {
             checks,
             node: desired.facts().node_ports.clone(),
-            vips: desired.served().map(|addr| (addr.ip, addr.port)).collect(),
+            vips: desired.asked().map(|addr| (addr.ip, addr.port)).collect(),
             healthy: self.complete && self.observed.is_some() && !self.faults.has(About::Kernel),
         };
         self.health_checks.board.send_if_modified(|known| {

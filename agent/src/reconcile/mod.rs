@@ -177,6 +177,7 @@ impl Reconciler {
         let mut told = false;
         let host_ports = self.pods.leases().host_port_news();
         loop {
+            self.programming.note_turn();
             self.look_at_network().await;
             self.take_host_ports();
             if told {

@@ -2,6 +2,7 @@
 //! what else is on the node, beside what services need always.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use ferrule_api::status::SysctlStatus;
 use ferrule_datapath::ipvs::Timeouts;
@@ -16,6 +17,9 @@ use tracing::{info, warn};
 use super::Reconciler;
 use super::faults::About;
 use crate::config::{Config, Estimation};
+
+/// Time between two attempts at a setting that cannot be made.
+const LOOK: Duration = Duration::from_mins(1);
 
 /// Whether it is known that there is a bridge of pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +38,8 @@ pub(super) struct Tunings {
     bridges: Bridges,
     timeouts: Timeouts,
     told: BTreeMap<&'static str, SysctlStatus>,
+    /// When those that could not be made are tried again.
+    look_at: Instant,
     /// Everything that was changed in this boot.
     recorded: Vec<Changed>,
 }
@@ -46,6 +52,7 @@ impl Tunings {
             bridges: Bridges::Suspect,
             timeouts: config.kube_proxy.timeouts,
             told: BTreeMap::new(),
+            look_at: Instant::now(),
             recorded: Vec::new(),
         }
     }
@@ -54,6 +61,11 @@ impl Tunings {
     /// again whenever the kernel is opened anew.
     pub(super) fn set_sysctls(&mut self, sysctls: &Sysctls) {
         let (made, failed) = tune(sysctls, &self.asked);
+        // What is not asked for any longer, or was set by somebody meanwhile, is no problem.
+        self.told.retain(|key, status| {
+            status.problem.is_none() || failed.iter().any(|fault| fault.key == *key)
+        });
+        self.look_at = Instant::now() + LOOK;
         for tuned in made {
             let status = self.told.entry(tuned.key).or_insert_with(|| SysctlStatus {
                 name: tuned.key.replace('/', "."),
@@ -152,7 +164,13 @@ impl Reconciler {
                 changed = true;
             }
         }
-        if changed {
+        let fails = || {
+            self.tunings
+                .told
+                .values()
+                .any(|status| status.problem.is_some())
+        };
+        if changed || (self.tunings.look_at <= Instant::now() && fails()) {
             self.tunings.set_sysctls(&self.settings.sysctls);
             self.tunings.read_record(&self.settings.sysctls);
         }
@@ -192,6 +210,7 @@ impl Reconciler {
     pub(super) async fn set_timeouts(&mut self, kernel: &Kernel) {
         let timeouts = self.tunings.timeouts;
         if timeouts == Timeouts::default() {
+            self.faults.clear(About::Timeouts);
             return;
         }
         match kernel.set_timeouts(&timeouts).await {

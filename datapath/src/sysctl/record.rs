@@ -54,10 +54,40 @@ impl Sysctls {
         if before == value {
             return Ok(None);
         }
+        for (other, made) in self.implied(key, value) {
+            // Our write leaves it as it is; to put ours back would not.
+            self.note(&other, made, made);
+        }
         self.note(key, &before, value);
         fs::write(&path, value)?;
         info!(sysctl = %path.display(), before, value, "set");
         Ok(Some(before))
+    }
+
+    /// Settings that the kernel makes anew with every write of this one, where they are now as
+    /// they will be then.
+    fn implied(&self, key: &str, value: &str) -> Vec<(String, &'static str)> {
+        let family = match (key, value) {
+            ("net/ipv4/ip_forward", "1") => "ipv4",
+            ("net/ipv6/conf/all/forwarding", "1") => "ipv6",
+            _ => return Vec::new(),
+        };
+        let folder = format!("net/{family}/conf");
+        let devices = fs::read_dir(self.root.join(&folder)).into_iter().flatten();
+        let devices = devices.flatten().map(|entry| entry.file_name());
+        let names = devices.filter_map(|name| name.into_string().ok());
+        let forwarding = names.map(|name| (format!("{folder}/{name}/forwarding"), "1"));
+        let mut all: Vec<(String, &'static str)> = forwarding.collect();
+        if family == "ipv4" {
+            // A router takes no redirects, and a host does.
+            all.push((format!("{folder}/all/accept_redirects"), "0"));
+        }
+        all.retain(|(other, made)| {
+            let present = fs::read_to_string(self.root.join(other)).unwrap_or_default();
+            other != key && present.trim() == *made
+        });
+        all.sort();
+        all
     }
 
     /// Everything that was changed in this boot.
@@ -65,7 +95,9 @@ impl Sysctls {
     /// # Errors
     /// When the record cannot be read.
     pub fn changed(&self) -> io::Result<Vec<Changed>> {
-        Ok(self.content()?.changed)
+        let mut changed = self.content()?.changed;
+        changed.retain(|one| one.before != one.value);
+        Ok(changed)
     }
 
     fn boot_id(&self) -> String {
@@ -137,9 +169,14 @@ impl Sysctls {
         let (needed, changed): (Vec<_>, Vec<_>) =
             changed.into_iter().partition(|one| is_needed(&one.key));
         let mut problems = Vec::new();
-        for Changed { key, before, value } in changed.iter().rev() {
+        // All are read before one is written, for one may change another.
+        let present: Vec<io::Result<String>> = changed
+            .iter()
+            .map(|one| fs::read_to_string(self.root.join(&one.key)))
+            .collect();
+        for (Changed { key, before, value }, present) in changed.iter().zip(present).rev() {
             let file = self.root.join(key);
-            match fs::read_to_string(&file) {
+            match present {
                 Ok(present) if present.trim() == value => match fs::write(&file, before) {
                     Ok(()) => info!(sysctl = %file.display(), value = before, "put back"),
                     Err(error) => problems.push(format!("sysctl {}: {error}", file.display())),
@@ -233,6 +270,25 @@ mod tests {
         assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
         assert_eq!(place.get("net/a"), "0");
         assert_eq!(place.sysctls.changed().unwrap(), []);
+    }
+
+    /// The kernel does that: what is not told here is not put back by it.
+    #[test]
+    fn what_goes_with_forwarding_is_put_back_with_it() {
+        let place = Place::new();
+        let (forward, device) = ("net/ipv4/ip_forward", "net/ipv4/conf/eth0/forwarding");
+        let redirects = "net/ipv4/conf/all/accept_redirects";
+        place.put(forward, "0");
+        place.put(device, "1");
+        place.put(redirects, "0");
+        place.put("net/ipv4/conf/eth1/forwarding", "0");
+        place.sysctls.write(forward, "1").unwrap();
+        let changed = place.sysctls.changed().unwrap();
+        assert_eq!(changed.len(), 1, "{changed:?}");
+        assert_eq!(place.sysctls.content().unwrap().changed.len(), 3);
+        assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
+        assert_eq!(place.get(forward), "0");
+        assert_eq!((&*place.get(device), &*place.get(redirects)), ("1", "0"));
     }
 
     #[test]

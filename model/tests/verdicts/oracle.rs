@@ -202,7 +202,9 @@ impl World {
             .map(String::as_str)
             .filter(|text| text.contains(':') != v4)
             .collect();
-        let open = field != Field::Balancer || ranges.is_empty() || ranges.contains(&"::/0");
+        let balancer = addresses(service, Field::Balancer).contains(&call.target.ip)
+            && matches!(field, Field::Balancer | Field::Cluster);
+        let open = !balancer || ranges.is_empty() || ranges.contains(&"::/0");
         if !open && !within(call.who, &ranges) {
             return Said::Dropped(Loss::NotAdmitted);
         }

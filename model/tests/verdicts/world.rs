@@ -126,7 +126,16 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
         (0..3_u8, prop::option::of(1..3_u8)),
         (some(&VIPS, 3), some(&VIPS, 2), some(&VIPS, 2)),
         (any::<bool>(), any::<bool>(), select(vec![0_u16, 32_000])),
-        some(&["192.0.2.0/24", "10.1.0.0/24", "fd00:1:1::/64", "::/0"], 2),
+        some(
+            &[
+                "192.0.2.0/24",
+                "10.1.0.0/24",
+                "203.0.113.1/32",
+                "fd00:1:1::/64",
+                "::/0",
+            ],
+            2,
+        ),
         prop::collection::vec(service_port(), 1..4),
     )
         .prop_map(

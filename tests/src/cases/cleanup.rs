@@ -9,6 +9,7 @@ use anyhow::ensure;
 use super::world::{self, Backend};
 use crate::context::Context;
 use crate::dump;
+use crate::link::batch;
 use crate::netns::Netns;
 use crate::node::Node;
 use crate::pod::Pod;
@@ -79,6 +80,20 @@ fn sysctls() -> anyhow::Result<String> {
 /// what somebody has set since stays.
 pub(super) fn a_node_is_left_as_it_was_found(context: &mut Context) -> anyhow::Result<()> {
     let node = Node::create(context, "node-a")?;
+    // A host that somebody has hardened: the kernel alters these with forwarding.
+    batch(node.netns(), ["link add d0 type dummy"])?;
+    node.netns().run(|| {
+        for (key, value) in [
+            ("ipv4/ip_forward", "0"),
+            ("ipv6/conf/all/forwarding", "0"),
+            ("ipv4/conf/all/accept_redirects", "0"),
+            ("ipv4/conf/d0/forwarding", "1"),
+            ("ipv6/conf/d0/forwarding", "1"),
+        ] {
+            fs::write(Path::new("/proc/sys/net").join(key), value)?;
+        }
+        Ok(())
+    })?;
     // Modules come with their settings.
     dump::ipvs(node.netns())?;
     let before = state(node.netns())?;
@@ -99,6 +114,10 @@ pub(super) fn a_node_is_left_as_it_was_found(context: &mut Context) -> anyhow::R
     let agent = context.binary("ferrule-agent")?;
     let place = node.state();
     let arguments = ["cleanup", "--state-dir", &place.to_string_lossy()];
+    node.start()?;
+    let refused = node.netns().output(&agent.to_string_lossy(), &arguments);
+    ensure!(refused.is_err(), "a node was cleaned up under its agent");
+    node.stop()?;
     node.netns().output(&agent.to_string_lossy(), &arguments)?;
     let after = state(node.netns())?;
     let differing: Vec<(&str, &str)> = before

@@ -79,13 +79,20 @@ pub(super) fn a_change_takes_effect_live(context: &mut Context) -> anyhow::Resul
     wait_for_scheduler(&node, "wlc")?;
 
     // Nobody says anything this time.
-    write(&node, "scheduler: sed\nvipBinding: route\n")?;
+    let estimates = || node.netns().sysctl("ipv4/vs/run_estimation");
+    ensure!(estimates()? == "1", "IPVS estimates no rates");
+    let never = "estimation: never\n";
+    write(
+        &node,
+        &format!("scheduler: sed\nvipBinding: route\n{never}"),
+    )?;
     wait_for_scheduler(&node, "sed")?;
     wait::until_ok("the end of the fault", wait::SETTLED, || {
         let status = status()?;
         ensure!(!status.contains("is none; write one of"), "{status}");
         Ok(())
     })?;
+    ensure!(estimates()? == "0", "IPVS estimates rates still");
     let log = node.log()?;
     let said = log
         .lines()

@@ -7,6 +7,7 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
@@ -18,6 +19,10 @@ use crate::node::Node;
 use crate::pod::Pod;
 use crate::sock::{ANSWER, Outcome, Request, SILENCE, Server, Transport};
 use crate::wait;
+
+/// How long a backend without connections may drain: IPVS counts a connection as active that
+/// was begun and given up, for a minute.
+const DRAINED: Duration = Duration::from_mins(2);
 
 /// Port of the servers in pods.
 pub(super) const TARGET: u16 = 8080;
@@ -217,7 +222,7 @@ pub(super) fn wait_for_ipvs(
     what: &str,
     expected: impl Fn(&str) -> bool,
 ) -> anyhow::Result<String> {
-    wait::until_ok(what, wait::SETTLED, || {
+    wait::until_ok(what, DRAINED, || {
         node.check_alive()?;
         let table = dump::ipvs(node.netns())?;
         if !expected(&table) {

@@ -158,12 +158,56 @@ pub(super) const FIELDS: &[Field] = &[
 /// Longest value that is repeated in a line.
 const MAX_SHOWN: usize = 60;
 
+/// Fields that have fields of their own.
+pub(super) const GROUPS: [&str; 6] = [
+    "clientConnection",
+    "conntrack",
+    "detectLocal",
+    "iptables",
+    "ipvs",
+    "nftables",
+];
+
 /// A line for each field that is set and does not do what it does with kube-proxy, in the
 /// order of the file's names.
 pub(super) fn lines(file: &Value) -> Vec<String> {
     let mut lines = Vec::new();
     collect("", file, &mut lines);
+    lines.extend(of_another_mode(file));
     lines
+}
+
+/// Fields that are heeded, and not with the mode that stands beside them.
+fn of_another_mode(file: &Value) -> Vec<String> {
+    let text = |field: &str| file.get(field).and_then(Value::as_str).unwrap_or_default();
+    let is_nftables = text("mode") == "nftables";
+    let local = text("detectLocalMode");
+    let fields = [
+        (
+            "/iptables/masqueradeAll",
+            !is_nftables,
+            "mode is nftables, and nftables.masqueradeAll counts",
+        ),
+        (
+            "/detectLocal/bridgeInterface",
+            local == "BridgeInterface",
+            "it counts where detectLocalMode is BridgeInterface",
+        ),
+        (
+            "/detectLocal/interfaceNamePrefix",
+            local == "InterfaceNamePrefix",
+            "it counts where detectLocalMode is InterfaceNamePrefix",
+        ),
+    ];
+    let idle = fields.into_iter().filter(|(_, counts, _)| !counts);
+    let set = idle.filter_map(|(pointer, _, words)| {
+        let value = file
+            .pointer(pointer)
+            .filter(|value| !is_default(value, &[]))?;
+        let path = pointer.trim_start_matches('/').replace('/', ".");
+        Some(format!("{}: no effect: {words}", shown(&path, value)))
+    });
+    set.collect()
 }
 
 fn collect(path: &str, value: &Value, lines: &mut Vec<String>) {
@@ -252,7 +296,8 @@ mod tests {
             for name in path.rsplit('.') {
                 file = json!({ name: file });
             }
-            let lines = lines(&file);
+            let mut lines = Vec::new();
+            collect("", &file, &mut lines);
             match fate {
                 Heeded => assert!(lines.is_empty(), "{lines:?}"),
                 HeededBut(words) | Instead(words) => {
@@ -260,6 +305,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_another_field_makes_idle_is_said() {
+        let file = json!({
+            "mode": "nftables",
+            "detectLocalMode": "BridgeInterface",
+            "iptables": {"masqueradeAll": true},
+            "detectLocal": {"bridgeInterface": "cni0", "interfaceNamePrefix": "veth"},
+        });
+        assert_eq!(
+            lines(&file),
+            [
+                "iptables.masqueradeAll is true: no effect: mode is nftables, and nftables.masqueradeAll counts",
+                "detectLocal.interfaceNamePrefix is veth: no effect: it counts where detectLocalMode is InterfaceNamePrefix",
+            ]
+        );
+        let file =
+            json!({"iptables": {"masqueradeAll": true}, "detectLocal": {"bridgeInterface": ""}});
+        assert_eq!(lines(&file), Vec::<String>::new());
     }
 
     #[test]

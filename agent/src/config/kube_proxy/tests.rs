@@ -119,3 +119,15 @@ fn mistakes_are_named_with_field_and_remedy() {
         assert!(error.contains(words), "{more}: {error}");
     }
 }
+
+#[test]
+fn a_list_is_no_group_of_fields() {
+    for text in ["ipvs: [\"lc\"]", "conntrack: []", "detectLocal: [cni0]"] {
+        let text = format!("apiVersion: {API_VERSION}\nkind: {KIND}\n{text}\n");
+        let error = parse(&text).unwrap_err();
+        assert!(
+            error.contains("is a list; write its fields below it"),
+            "{error}"
+        );
+    }
+}

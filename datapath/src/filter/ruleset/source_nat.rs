@@ -113,10 +113,8 @@ impl Ruleset<'_> {
             );
         }
         if let Some(services) = braces(&outermost(&nat.networks.services, family)) {
-            // Where ranges overlap, what pods have is not taken from them.
-            let not_pods = pods
-                .as_ref()
-                .map_or(String::new(), |pods| format!(" {ip} daddr != {pods}"));
+            let not_pods = braces(&outermost(&nat.networks.pods_among_services(), family));
+            let not_pods = not_pods.map_or(String::new(), |pods| format!(" {ip} daddr != {pods}"));
             self.rule(
                 "unallocated",
                 &format!("{ip} daddr {services}{not_pods} jump vip-without-service"),
