@@ -1,7 +1,7 @@
 //! What the plugin asks for: addresses of pods.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -63,6 +63,11 @@ impl Pods {
             tidied: Mutex::default(),
             loose: Mutex::default(),
         }
+    }
+
+    /// Where the agent keeps what has to outlive it.
+    pub(crate) fn state_dir(&self) -> &Path {
+        &self.state_dir
     }
 
     pub(crate) fn started(&self) -> &Moment {

@@ -16,7 +16,7 @@ use crate::binding::{Binding, VipBinding};
 use crate::change::Change;
 use crate::cluster::{ClusterState, Left};
 use crate::condition::{Condition, Reason};
-use crate::drain::{Drains, End, Server};
+use crate::drain::{Drains, End, Recalled, Server};
 use crate::endpoints::BackendState;
 pub use crate::frontend::{Action, Frontend, FrontendKind, Internal};
 use crate::host_ports::HostPorts;
@@ -210,6 +210,11 @@ impl Desired {
         is_gone: impl Fn(IpAddr) -> bool,
     ) -> Vec<(Server, End)> {
         self.drains.look(cluster, bound, now, is_gone)
+    }
+
+    /// Takes in what a former agent knew of backends that leave.
+    pub fn recall_drains(&mut self, recall: impl Fn(&Server) -> Option<Recalled>) {
+        self.drains.recall(recall);
     }
 
     /// Ends a drain: the backend has no connections any more.

@@ -33,6 +33,17 @@ pub struct Drain {
     over: bool,
 }
 
+/// What a former agent knew of a backend that leaves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recalled {
+    /// [`Drain::left`].
+    pub left: Option<Instant>,
+    /// [`Drain::node`].
+    pub node: Option<String>,
+    /// [`Drain::terminating`].
+    pub terminating: bool,
+}
+
 /// Why a drain ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum End {
@@ -135,6 +146,18 @@ impl Drains {
                 if drain.node.is_none() {
                     drain.node.clone_from(&listing.node);
                 }
+            }
+        }
+    }
+
+    /// Takes in what a former agent knew of those of which nothing is known yet.
+    pub(crate) fn recall(&mut self, recall: impl Fn(&Server) -> Option<Recalled>) {
+        for (server, drain) in &mut self.0 {
+            let unknown = drain.left.is_none() && drain.node.is_none() && !drain.terminating;
+            if let Some(recalled) = recall(server).filter(|_| unknown) {
+                drain.left = recalled.left;
+                drain.node = recalled.node;
+                drain.terminating = recalled.terminating;
             }
         }
     }

@@ -15,7 +15,7 @@ use crate::binding::VipBinding;
 use crate::cluster::{ClusterState, Event, Touched};
 use crate::condition::{Condition, Reason};
 use crate::desired::{Desired, Scope};
-use crate::drain::{End, Server};
+use crate::drain::{End, Recalled, Server};
 use crate::host_ports::PodPorts;
 use crate::kube::{Kind, Node};
 use crate::names::Attachment;
@@ -149,6 +149,11 @@ impl NodeView {
     ) -> Vec<(Server, End)> {
         self.desired
             .look_at_drains(&self.cluster, bound, now, is_gone)
+    }
+
+    /// Takes in what a former agent knew of backends that leave.
+    pub fn recall_drains(&mut self, recall: impl Fn(&Server) -> Option<Recalled>) {
+        self.desired.recall_drains(recall);
     }
 
     /// Ends a drain: the backend has no connections any more.

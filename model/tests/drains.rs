@@ -12,8 +12,8 @@ use ferrule_model::address::{BackendAddr, FrontendAddr, Protocol};
 use ferrule_model::change::Change;
 use ferrule_model::cluster::Event;
 use ferrule_model::desired::Scope;
-use ferrule_model::diff::diff;
-use ferrule_model::drain::{End, Server};
+use ferrule_model::diff::{diff, everything};
+use ferrule_model::drain::{End, Recalled, Server};
 use ferrule_model::kube::{
     AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind, Node, Object,
     ObjectKey, SERVICE_NAME_LABEL, Service, ServicePort, Taint,
@@ -286,6 +286,35 @@ fn where_an_endpoint_was_that_left_at_once_is_known() {
     });
     world.view.take([gone]);
     assert_eq!(world.ends(MINUTE, &[]), [End::NodeGone, End::NodeGone]);
+}
+
+/// The next agent finds the kernel as it was, and in no slice what leaves.
+#[test]
+fn what_a_former_agent_knew_counts() {
+    for (recalled, end) in [
+        (None, None),
+        (Some((Some(9 * MINUTE), None, false)), Some(End::Bound)),
+        (Some((None, Some("n1"), false)), Some(End::NodeGone)),
+        (Some((None, None, true)), Some(End::PodGone)),
+    ] {
+        let mut world = World::new();
+        world.view = NodeView::new("n0", Policy::default());
+        world.tell(node("n1", &["node.kubernetes.io/unreachable"]));
+        let scope = everything(world.view.desired(), &world.kernel);
+        world.follow(&scope);
+        let start = world.start;
+        if let Some((left, node, terminating)) = recalled {
+            world.view.recall_drains(|asked| {
+                (*asked == server(1)).then(|| Recalled {
+                    left: left.map(|left: Duration| start.checked_sub(left).unwrap()),
+                    node: node.map(str::to_owned),
+                    terminating,
+                })
+            });
+        }
+        let ends: Vec<End> = world.ends(2 * MINUTE, &[]);
+        assert_eq!(ends, Vec::from_iter(end), "{recalled:?}");
+    }
 }
 
 /// Pods with the address of their node are told apart by their ports.

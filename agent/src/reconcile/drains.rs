@@ -2,9 +2,11 @@
 //!
 //! The model decides which real servers drain and when that ends by the facts and by time;
 //! here the kernel's connections are counted, and what would hold a flow at a backend that
-//! is gone is forgotten. How much is looked at in one go is bounded.
+//! is gone is forgotten. How much is looked at in one go is bounded. What is known of them
+//! outlives the agent ([`super::drain_file`]).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ferrule_api::status::Draining;
@@ -18,6 +20,7 @@ use ferrule_model::service::ServiceKey;
 use tracing::{info, warn};
 
 use super::Reconciler;
+use super::drain_file::DrainFile;
 
 /// Time between two counts of the connections of one backend, and between two looks at
 /// the slices where nothing was told.
@@ -53,10 +56,15 @@ pub(super) struct Drains {
     conntrack: Option<Conntrack>,
     forgotten: u64,
     failed: u64,
+    file: DrainFile,
+    /// Why that cannot be written.
+    trouble: Option<String>,
+    /// Whether what a former agent knew was taken in.
+    recalled: bool,
 }
 
 impl Drains {
-    pub(super) fn new(bound: Duration) -> Self {
+    pub(super) fn new(bound: Duration, folder: &Path) -> Self {
         let start = Instant::now();
         Self {
             bound,
@@ -69,6 +77,9 @@ impl Drains {
             conntrack: None,
             forgotten: 0,
             failed: 0,
+            file: DrainFile::new(folder),
+            trouble: None,
+            recalled: false,
         }
     }
 
@@ -174,17 +185,49 @@ impl Reconciler {
         if !self.drains.stale.is_empty() {
             self.drains.forget().await;
         }
+        self.recall_drains();
         if self.view.desired().drains().live().next().is_none() {
             self.drains.fresh.clear();
             self.drains.queue.clear();
+            self.write_drains();
             return;
         }
         let now = Instant::now();
         if self.drains.look_at <= now {
             self.drains.look_at = now + COUNT;
             self.look_at_slices(now);
+            self.write_drains();
         }
         self.count_connections(now).await;
+    }
+
+    /// Once everything is known, what leaves is in the kernel as the former agent left it.
+    fn recall_drains(&mut self) {
+        if std::mem::replace(&mut self.drains.recalled, true) {
+            return;
+        }
+        match self.drains.file.recall() {
+            Ok(recall) => self.view.recall_drains(recall),
+            Err(error) => {
+                self.drains.failed += 1;
+                warn!(%error, "what was known of leaving backends cannot be read; their time begins anew");
+            }
+        }
+    }
+
+    fn write_drains(&mut self) {
+        let trouble = self.drains.file.keep(self.view.desired().drains()).err();
+        let trouble = trouble.map(|error| error.to_string());
+        if let Some(error) = &trouble {
+            self.drains.failed += 1;
+            if self.drains.trouble != trouble {
+                warn!(
+                    error,
+                    "what is known of leaving backends cannot be kept for the next agent"
+                );
+            }
+        }
+        self.drains.trouble = trouble;
     }
 
     fn look_at_slices(&mut self, now: Instant) {

@@ -11,6 +11,7 @@
 mod audit;
 mod configure;
 mod difference;
+mod drain_file;
 mod drains;
 mod faults;
 mod health_checks;
@@ -124,6 +125,7 @@ impl Reconciler {
         programming: Arc<Programming>,
     ) -> Self {
         let vip_binding = config.policy.vip_binding.clone();
+        let drains = Drains::new(config.drain_timeout, pods.state_dir());
         Self {
             network: Network::new(settings.vip_device.to_string(), &vip_binding),
             settings: Settings {
@@ -151,7 +153,7 @@ impl Reconciler {
             said_of_nodes: BTreeSet::new(),
             audit: Audit::new(config.audit_budget),
             drifts: Drifts::default(),
-            drains: Drains::new(config.drain_timeout),
+            drains,
             source: report::Source::new(source),
             of_config: None,
             of_pods: Vec::new(),

@@ -19,6 +19,7 @@ use ferrule_model::view::NodeView;
 use crate::config::Config;
 use crate::settings::TraceSettings;
 use crate::source::folder::Folder;
+use crate::source::kubernetes::chain;
 use crate::status::words::{plain, plain_json};
 use crate::status::{Agent, StatusError};
 
@@ -33,7 +34,7 @@ pub(crate) fn run(settings: &TraceSettings) -> ExitCode {
     let (trace, whole) = match follow(settings) {
         Ok(followed) => followed,
         Err(error) => {
-            complain(&format!("{error:#}"));
+            complain(&chain(error.as_ref()));
             return ExitCode::from(USAGE);
         }
     };
