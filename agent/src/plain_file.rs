@@ -28,16 +28,6 @@ pub(crate) fn check(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Another content at once: a reader sees the one or the other.
-///
-/// # Errors
-/// When it cannot be written; the file stays as it was.
-pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let draft = path.with_extension("draft");
-    std::fs::write(&draft, content)?;
-    std::fs::rename(&draft, path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,7 +14,7 @@ use crate::filter::{self, Elements};
 use crate::ipvs::{self, Order};
 use crate::node::{Settings, note_element};
 use crate::routes::{NodeRoute, Routes};
-use crate::sysctl;
+use crate::sysctl::{self, Sysctls};
 
 /// What could not be removed.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +45,9 @@ pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
     {
         problems.push(error.to_string());
     }
+    if let Err(error) = restore_timeouts(&settings.sysctls).await {
+        problems.push(format!("time-outs of IPVS: {error}"));
+    }
     if let Err(error) = remove_routes().await {
         problems.push(format!("routes to other nodes' pods: {error}"));
     }
@@ -60,6 +63,22 @@ pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
     } else {
         Err(CleanupError(problems))
     }
+}
+
+/// IPVS's time-outs, unless somebody has set them since.
+async fn restore_timeouts(sysctls: &Sysctls) -> Result<(), Error> {
+    let Some((before, value)) = sysctls.timeouts() else {
+        return Ok(());
+    };
+    let client = match ipvs::Client::open().await {
+        Ok(client) => client,
+        Err(error) if error.is_not_found() => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if client.timeouts().await? == value {
+        client.set_timeouts(&before).await?;
+    }
+    Ok(())
 }
 
 /// Whether a pod's device is in the calling thread's network namespace.

@@ -273,7 +273,13 @@ impl Node {
     /// # Errors
     /// [`Error`]; they stay as they were.
     pub async fn set_timeouts(&self, timeouts: &ipvs::Timeouts) -> Result<(), Error> {
-        self.ipvs.set_timeouts(timeouts).await
+        let before = self.ipvs.timeouts().await?;
+        let value = timeouts.or(&before);
+        if value == before {
+            return Ok(());
+        }
+        self.settings.sysctls.note_timeouts(&before, &value);
+        self.ipvs.set_timeouts(&value).await
     }
 
     /// Counters of our virtual services, for listings.

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ferrule_model::drain::{Drains, Recalled, Server};
@@ -51,7 +51,7 @@ fn name((key, backend): &Server) -> String {
 }
 
 impl DrainFile {
-    pub(super) fn new(folder: &std::path::Path) -> Self {
+    pub(super) fn new(folder: &Path) -> Self {
         Self {
             path: folder.join(FILE),
             written: BTreeMap::new(),
@@ -126,11 +126,18 @@ impl DrainFile {
                 boot: now.boot,
                 drains: known.clone(),
             };
-            plain_file::replace(&self.path, &serde_json::to_vec(&content)?)?;
+            replace(&self.path, &serde_json::to_vec(&content)?)?;
         }
         self.written = known;
         Ok(())
     }
+}
+
+/// Another content at once: a reader sees the one or the other.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let draft = path.with_extension("draft");
+    std::fs::write(&draft, content)?;
+    std::fs::rename(&draft, path)
 }
 
 #[cfg(test)]

@@ -28,6 +28,17 @@ pub struct Timeouts {
 }
 
 impl Timeouts {
+    /// These, and others where one is zero.
+    #[must_use]
+    pub fn or(&self, others: &Self) -> Self {
+        let either = |one: Duration, other| if one.is_zero() { other } else { one };
+        Self {
+            tcp: either(self.tcp, others.tcp),
+            tcp_fin: either(self.tcp_fin, others.tcp_fin),
+            udp: either(self.udp, others.udp),
+        }
+    }
+
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let mut timeouts = Self::default();
         for attribute in each(bytes) {

@@ -8,12 +8,19 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
+use crate::ipvs::Timeouts;
+
 /// Where the kernel says which boot this is, below `/proc/sys`.
 const BOOT: &str = "kernel/random/boot_id";
+
+/// Stands in the record for IPVS's time-outs, which are no file below `/proc/sys`: those of
+/// TCP, TCP after a FIN and UDP, in seconds.
+const TIMEOUTS: &str = "ipvs/timeouts";
 
 /// Only one thread writes the file at a time.
 static WRITING: Mutex<()> = Mutex::new(());
@@ -88,6 +95,18 @@ impl Sysctls {
         });
         all.sort();
         all
+    }
+
+    /// Notes that IPVS's time-outs are to be others.
+    pub(crate) fn note_timeouts(&self, before: &Timeouts, value: &Timeouts) {
+        self.note(TIMEOUTS, &written(before), &written(value));
+    }
+
+    /// IPVS's time-outs as they were and as we made them, if we did.
+    pub(crate) fn timeouts(&self) -> Option<(Timeouts, Timeouts)> {
+        let changed = self.content().ok()?.changed;
+        let noted = changed.iter().find(|one| one.key == TIMEOUTS)?;
+        Some((read(&noted.before)?, read(&noted.value)?))
     }
 
     /// Everything that was changed in this boot.
@@ -165,7 +184,9 @@ impl Sysctls {
             Ok(content) => content,
             Err(error) => return vec![format!("{}: {error}", path.display())],
         };
-        let changed = std::mem::take(&mut content.changed);
+        let mut changed = std::mem::take(&mut content.changed);
+        // Who restores has set them.
+        changed.retain(|one| one.key != TIMEOUTS);
         let (needed, changed): (Vec<_>, Vec<_>) =
             changed.into_iter().partition(|one| is_needed(&one.key));
         let mut problems = Vec::new();
@@ -209,6 +230,21 @@ impl Sysctls {
             Ok(()) | Err(_) => Vec::new(),
         }
     }
+}
+
+fn written(timeouts: &Timeouts) -> String {
+    let spans = [timeouts.tcp, timeouts.tcp_fin, timeouts.udp];
+    spans.map(|span| span.as_secs().to_string()).join(" ")
+}
+
+fn read(text: &str) -> Option<Timeouts> {
+    let mut spans = text.split(' ').map(|word| word.parse().ok());
+    let mut next = || spans.next().flatten().map(Duration::from_secs);
+    Some(Timeouts {
+        tcp: next()?,
+        tcp_fin: next()?,
+        udp: next()?,
+    })
 }
 
 /// Another content at once: a reader sees the one or the other.
@@ -270,6 +306,23 @@ mod tests {
         assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
         assert_eq!(place.get("net/a"), "0");
         assert_eq!(place.sysctls.changed().unwrap(), []);
+    }
+
+    #[test]
+    fn time_outs_of_ipvs_stand_in_the_record_too() {
+        let place = Place::new();
+        let timeouts = |seconds: [u64; 3]| {
+            let [tcp, tcp_fin, udp] = seconds.map(Duration::from_secs);
+            Timeouts { tcp, tcp_fin, udp }
+        };
+        let (before, value) = (timeouts([900, 120, 300]), timeouts([60, 120, 30]));
+        place.sysctls.note_timeouts(&before, &value);
+        assert_eq!(place.sysctls.timeouts(), Some((before, value)));
+        let later = timeouts([70, 120, 30]);
+        place.sysctls.note_timeouts(&value, &later);
+        assert_eq!(place.sysctls.timeouts(), Some((before, later)));
+        assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
+        assert_eq!(place.sysctls.timeouts(), None);
     }
 
     /// The kernel does that: what is not told here is not put back by it.

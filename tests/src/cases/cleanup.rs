@@ -34,10 +34,19 @@ const SYSCTLS: [(&str, &[&str]); 3] = [
     ("ipv4", &["vs"]),
 ];
 
+/// With which the agent changes more than it has to.
+const CONFIGURATION: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: ipvs
+ipvs: {tcpTimeout: 70s, strictARP: true}
+conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+";
+
 /// Everything of a namespace that others could miss, one thing to a line.
 fn state(namespace: &Netns) -> anyhow::Result<String> {
     let mut text = dump::ipvs(namespace)?;
     for (program, arguments) in [
+        ("ipvsadm", &["-L", "--timeout"][..]),
         ("nft", &["list", "ruleset"][..]),
         ("ip", &["-br", "link"]),
         ("ip", &["-br", "address"]),
@@ -94,6 +103,7 @@ pub(super) fn a_node_is_left_as_it_was_found(context: &mut Context) -> anyhow::R
         }
         Ok(())
     })?;
+    node.write_config(CONFIGURATION)?;
     // Modules come with their settings.
     dump::ipvs(node.netns())?;
     let before = state(node.netns())?;
