@@ -205,7 +205,7 @@ pub(super) fn within_config_map(text: &str) -> Result<String, String> {
 pub(super) fn parse(text: &str) -> Result<Config, String> {
     let value: serde_json::Value = document::typed(text).map_err(|error| error.to_string())?;
     for field in fields::GROUPS {
-        if value.get(field).is_some_and(|group| group.is_array()) {
+        if value.get(field).is_some_and(serde_json::Value::is_array) {
             return Err(format!(
                 "{field}: is a list; write its fields below it, such as {field}: {{…}}"
             ));
