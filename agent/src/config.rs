@@ -14,7 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ferrule_datapath::modules::{CONNECTION_TABLE_BITS, DEFAULT_CONNECTION_TABLE_BITS};
+use ferrule_datapath::modules::CONNECTION_TABLE_BITS;
 use ferrule_model::binding::VipBinding;
 use ferrule_model::names::IfName;
 use ferrule_model::network::{DetectLocal, ExternalIps, NodePortAddresses, Policy, parse_network};
@@ -52,8 +52,8 @@ pub(crate) struct Config {
     pub(crate) drain_timeout: Duration,
     /// Whether IPVS estimates rates.
     pub(crate) estimation: Estimation,
-    /// Binary logarithm of the buckets of IPVS's connection table.
-    pub(crate) connection_table_bits: u8,
+    /// Binary logarithm of the buckets of IPVS's connection table, where somebody says it.
+    pub(crate) connection_table_bits: Option<u8>,
     /// URLs of API servers, instead of the one that comes with the credentials.
     pub(crate) api_servers: Vec<String>,
     /// What only kube-proxy's file can say.
@@ -69,7 +69,7 @@ impl Default for Config {
             audit_budget: AUDIT_BUDGET,
             drain_timeout: DRAIN_TIMEOUT,
             estimation: Estimation::Auto,
-            connection_table_bits: DEFAULT_CONNECTION_TABLE_BITS,
+            connection_table_bits: None,
             api_servers: Vec::new(),
             kube_proxy: KubeProxy::default(),
             notes: Vec::new(),
@@ -437,17 +437,16 @@ fn estimation(word: &str) -> Result<Estimation, String> {
     }
 }
 
-fn table_bits(written: Option<u8>) -> Result<u8, String> {
-    let bits = written.unwrap_or(DEFAULT_CONNECTION_TABLE_BITS);
-    if CONNECTION_TABLE_BITS.contains(&bits) {
-        return Ok(bits);
+fn table_bits(written: Option<u8>) -> Result<Option<u8>, String> {
+    match written {
+        Some(bits) if !CONNECTION_TABLE_BITS.contains(&bits) => Err(format!(
+            "connectionTableBits: {bits} is none that IPVS has; write {} to {}, which are the binary \
+             logarithm of the number of buckets",
+            CONNECTION_TABLE_BITS.start(),
+            CONNECTION_TABLE_BITS.end()
+        )),
+        written => Ok(written),
     }
-    Err(format!(
-        "connectionTableBits: {bits} is none that IPVS has; write {} to {}, which are the binary \
-         logarithm of the number of buckets",
-        CONNECTION_TABLE_BITS.start(),
-        CONNECTION_TABLE_BITS.end()
-    ))
 }
 
 fn alias_device(name: &str) -> Result<IfName, String> {

@@ -19,7 +19,7 @@ use tracing::{debug, error, info};
 
 /// Connections that are served at the same time, by one listener. A load balancer that asks
 /// for the health must find a place beside who only holds one.
-const MAX_CONNECTIONS: usize = 512;
+const MAX_CONNECTIONS: usize = 128;
 
 /// How long a client may take for its request, and a connection altogether. It has one request:
 /// an idle connection would keep its place from others.

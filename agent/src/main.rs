@@ -46,6 +46,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Parser as _;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::info;
@@ -137,7 +138,20 @@ fn start_log(format: LogFormat, level: &str) {
     }
 }
 
+/// Takes all descriptors that the agent may have: connections to it must not leave it without.
+fn raise_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let most = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, most) {
+        tracing::warn!(%error, "the number of descriptors stays at {:?}", limit.current);
+    }
+}
+
 async fn run(settings: RunSettings) -> anyhow::Result<()> {
+    raise_descriptors();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let hangup = signal(SignalKind::hangup())?;

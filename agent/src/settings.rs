@@ -7,7 +7,6 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ferrule_api::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
 use ferrule_datapath::Sysctls;
-use ferrule_datapath::modules::DEFAULT_CONNECTION_TABLE_BITS;
 use ferrule_model::address::FrontendAddr;
 use ferrule_model::binding::VipBinding;
 use ferrule_model::names::{IfName, NameError};
@@ -343,7 +342,7 @@ impl From<NodeSettings> for ferrule_datapath::Settings {
                 record: None,
             },
             load_modules: !settings.no_load_modules,
-            connection_table_bits: DEFAULT_CONNECTION_TABLE_BITS,
+            connection_table_bits: None,
             nft_program: settings.nft_program,
             excluded: Vec::new(),
         }

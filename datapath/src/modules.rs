@@ -91,6 +91,14 @@ pub fn remedy(names: &[&str]) -> String {
 /// Where distributions have the program; the agent's PATH may be empty.
 const PROGRAMS: [&str; 3] = ["/sbin/modprobe", "/usr/sbin/modprobe", "/bin/modprobe"];
 
+/// Where `modprobe.d(5)` has options for modules.
+const OPTIONS: [&str; 4] = [
+    "/etc/modprobe.d",
+    "/run/modprobe.d",
+    "/usr/lib/modprobe.d",
+    "/lib/modprobe.d",
+];
+
 /// Where the kernel lists what is loaded, and most of what is built in.
 const LOADED: &str = "/sys/module";
 
@@ -109,12 +117,14 @@ pub fn is_loaded(name: &str) -> bool {
 /// built in without saying so. Whoever needs the module finds out, and has the
 /// better message.
 ///
-/// `table_bits`: binary logarithm of the buckets of IPVS's connection table. It is an option of
-/// the module, for as long as that is loaded.
-pub async fn load(table_bits: u8) -> Vec<Module> {
+/// `table_bits`: binary logarithm of the buckets of IPVS's connection table; see
+/// [`wanted_table_bits`]. It is an option of the module, for as long as that is loaded.
+pub async fn load(table_bits: Option<u8>) -> Vec<Module> {
+    let table_bits = wanted_table_bits(table_bits);
     let mut missing = Vec::new();
     for module in NEEDED {
-        let option = (module.name == IPVS).then(|| format!("{TABLE_BITS}={table_bits}"));
+        let of_module = table_bits.filter(|_| module.name == IPVS);
+        let option = of_module.map(|bits| format!("{TABLE_BITS}={bits}"));
         if !is_loaded(module.name) && !load_one(module.name, option).await {
             missing.push(module);
         }
@@ -125,6 +135,28 @@ pub async fn load(table_bits: u8) -> Vec<Module> {
 /// Loads what lets netfilter see packets between the ports of a bridge, unless it is there.
 pub async fn load_bridge_netfilter() -> bool {
     is_loaded(BRIDGE_NETFILTER) || load_one(BRIDGE_NETFILTER, None).await
+}
+
+/// What is asked of IPVS's connection table: what the configuration says, or our own default
+/// where the machine's configuration of modules says nothing, either. `None` leaves it to that.
+#[must_use]
+pub fn wanted_table_bits(configured: Option<u8>) -> Option<u8> {
+    let ours =
+        || (!says_table_bits(&OPTIONS.map(Path::new))).then_some(DEFAULT_CONNECTION_TABLE_BITS);
+    configured.or_else(ours)
+}
+
+/// Whether a file of options for modules names the size of the table.
+fn says_table_bits(folders: &[&Path]) -> bool {
+    let files = folders
+        .iter()
+        .filter_map(|folder| std::fs::read_dir(folder).ok());
+    let mut paths = files.flatten().flatten().map(|entry| entry.path());
+    paths.any(|path| {
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let mut lines = text.lines().map(str::trim_start);
+        lines.any(|line| line.starts_with("options") && line.contains(TABLE_BITS))
+    })
 }
 
 /// Buckets of IPVS's connection table, as a binary logarithm; `None` while there is no IPVS.
@@ -144,7 +176,7 @@ pub struct Missing(Vec<Module>);
 
 impl Missing {
     /// Loads what is not there yet, as [`load`] does.
-    pub async fn load(&mut self, table_bits: u8) {
+    pub async fn load(&mut self, table_bits: Option<u8>) {
         let missing = load(table_bits).await;
         if self.note(missing) {
             let names: Vec<&str> = self.0.iter().map(|module| module.name).collect();
@@ -214,5 +246,20 @@ mod tests {
             assert!(needed || of_scheduler(name).is_some(), "{name}");
         }
         assert_eq!(of_scheduler("none"), None);
+    }
+
+    #[test]
+    fn what_the_machine_says_of_the_table_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        let folders = [folder.path(), Path::new("/nowhere")];
+        let path = folder.path().join("lvs.conf");
+        for (text, says) in [
+            ("# options ip_vs conn_tab_bits=20\n", false),
+            ("options ip_vs conn_tab_bits=20\n", true),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(says_table_bits(&folders), says, "{text}");
+        }
+        assert_eq!(wanted_table_bits(Some(12)), Some(12));
     }
 }

@@ -49,8 +49,9 @@ pub struct Settings {
     pub sysctls: Sysctls,
     /// Whether kernel modules may be loaded.
     pub load_modules: bool,
-    /// Binary logarithm of the buckets of IPVS's connection table, where we load IPVS.
-    pub connection_table_bits: u8,
+    /// Binary logarithm of the buckets of IPVS's connection table, where we load IPVS and
+    /// somebody says it.
+    pub connection_table_bits: Option<u8>,
     /// The program that loads the base ruleset.
     pub nft_program: PathBuf,
     /// Networks at whose addresses other programs may have virtual services, even at VIPs of ours.

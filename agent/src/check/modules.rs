@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use ferrule_datapath::modules::{Module, NEEDED, connection_table_bits, of_scheduler, remedy};
+use ferrule_datapath::modules::{
+    Module, NEEDED, connection_table_bits, of_scheduler, remedy, wanted_table_bits,
+};
 
 use super::{Finding, Outcome, kernel, rights};
 
@@ -101,15 +103,16 @@ pub(super) fn look(may_load: bool, scheduler: &str) -> Modules {
 
 /// Whether IPVS's connection table has as many buckets as is asked for; nothing while there is no
 /// IPVS, which gets them when it is loaded.
-pub(super) fn connection_table(wanted: u8) -> Option<Finding> {
+pub(super) fn connection_table(configured: Option<u8>) -> Option<Finding> {
+    let wanted = wanted_table_bits(configured);
     connection_table_bits().map(|bits| judge_table(bits, wanted))
 }
 
-fn judge_table(bits: u8, wanted: u8) -> Finding {
+fn judge_table(bits: u8, wanted: Option<u8>) -> Finding {
     let buckets = 1_u64 << bits.min(63);
-    if bits >= wanted {
+    let Some(wanted) = wanted.filter(|wanted| *wanted > bits) else {
         return Finding::ok(TABLE, format!("{buckets} buckets"));
-    }
+    };
     Finding::new(
         TABLE,
         Outcome::Ok,

@@ -132,11 +132,11 @@ fn mistakes_are_named_with_field_and_remedy() {
 fn the_size_of_tables_and_what_is_estimated() {
     let parse = |line: &str| Config::parse(&format!("{HEAD}{line}\n"));
     for (line, bits, estimation) in [
-        ("estimation: \"\"", 18, Estimation::Auto),
-        ("connectionTableBits: 20", 20, Estimation::Auto),
-        ("estimation: auto", 18, Estimation::Auto),
-        ("estimation: always", 18, Estimation::Always),
-        ("estimation: never", 18, Estimation::Never),
+        ("estimation: \"\"", None, Estimation::Auto),
+        ("connectionTableBits: 20", Some(20), Estimation::Auto),
+        ("estimation: auto", None, Estimation::Auto),
+        ("estimation: always", None, Estimation::Always),
+        ("estimation: never", None, Estimation::Never),
     ] {
         let config = parse(line).unwrap();
         assert_eq!(config.connection_table_bits, bits, "{line}");

@@ -87,6 +87,9 @@ impl DrainFile {
     /// # Errors
     /// When the file cannot be written; it stays as it was.
     pub(super) fn keep(&mut self, drains: &Drains) -> io::Result<()> {
+        if self.written.is_empty() && drains.is_empty() {
+            return Ok(());
+        }
         let now = Moment::now();
         let known = drains.live().filter_map(|(server, drain)| {
             let kept = Kept {

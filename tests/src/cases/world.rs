@@ -7,7 +7,6 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
@@ -19,10 +18,6 @@ use crate::node::Node;
 use crate::pod::Pod;
 use crate::sock::{ANSWER, Outcome, Request, SILENCE, Server, Transport};
 use crate::wait;
-
-/// How long a backend without connections may drain: IPVS counts a connection as active that
-/// was begun and given up, for a minute.
-const DRAINED: Duration = Duration::from_mins(2);
 
 /// Port of the servers in pods.
 pub(super) const TARGET: u16 = 8080;
@@ -216,13 +211,14 @@ pub(super) fn ask(
     }
 }
 
-/// Waits until the kernel's IPVS table is what `expected` says of it.
+/// Waits until the kernel's IPVS table is what `expected` says of it. A backend of which a
+/// connection was begun and given up drains for a minute: IPVS counts that one as active.
 pub(super) fn wait_for_ipvs(
     node: &Node,
     what: &str,
     expected: impl Fn(&str) -> bool,
 ) -> anyhow::Result<String> {
-    wait::until_ok(what, DRAINED, || {
+    wait::until_ok(what, wait::SETTLED, || {
         node.check_alive()?;
         let table = dump::ipvs(node.netns())?;
         if !expected(&table) {

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
-use ferrule_datapath::modules::DEFAULT_CONNECTION_TABLE_BITS;
 use ferrule_datapath::{Node, Settings, Sysctls, apply};
 use ferrule_model::diff::diff_all;
 use ferrule_model::names::IfName;
@@ -60,7 +59,7 @@ async fn open(view: &NodeView) -> anyhow::Result<Node> {
             record: None,
         },
         load_modules: true,
-        connection_table_bits: DEFAULT_CONNECTION_TABLE_BITS,
+        connection_table_bits: None,
         nft_program: PathBuf::from("nft"),
         excluded: Vec::new(),
     };
