@@ -41,7 +41,7 @@ const RESEND: Duration = Duration::from_secs(1);
 
 pub(super) fn minutes() -> u64 {
     let rounds = random::from_environment(ROUNDS);
-    10 + rounds.ok().flatten().unwrap_or(USUAL)
+    15 + 2 * rounds.ok().flatten().unwrap_or(USUAL)
 }
 
 /// Where the pods are: another node, which is a router with all their addresses.
