@@ -33,6 +33,7 @@ pub mod planted;
 mod policy_words;
 pub mod routes;
 pub mod scheduling;
+mod scope;
 pub mod service;
 pub mod source_nat;
 mod source_ranges;
