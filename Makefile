@@ -23,10 +23,10 @@ build: ## build the agent and the static plugin as they are released (target/bin
 demo: ## one node, three pods and a Service with two backends, made, called, scaled and removed
 	@demo/run
 
-test: ## everything that is checked; ends with: N passed, N failed, N skipped
+test: ## what is checked before a change lands; ends with: N passed, N failed, N skipped
 	@tests/all
 
-test-full: ## the same with more rounds, and on the oldest kernel
+test-full: ## everything, with more rounds, and all of it on the oldest kernel (hours)
 	@tests/all --full
 
 dumps: ## write anew what is planned and programmed in tests/scenarios and docs/semantics.md, and print what is new

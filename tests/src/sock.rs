@@ -482,8 +482,15 @@ impl Connection {
         from: Origin,
         limit: Duration,
     ) -> io::Result<Self> {
-        let socket = client_socket(transport, to, from)?;
-        socket.connect_timeout(&to.into(), limit)?;
+        let mut socket = client_socket(transport, to, from)?;
+        if let Err(error) = socket.connect_timeout(&to.into(), limit) {
+            // Now and then the kernel says that it failed, and not why.
+            if error.raw_os_error().is_some() || error.kind() == ErrorKind::TimedOut {
+                return Err(error);
+            }
+            socket = client_socket(transport, to, from)?;
+            socket.connect_timeout(&to.into(), limit)?;
+        }
         let stream = TcpStream::from(socket);
         if transport == Transport::Tcp {
             stream.set_nodelay(true)?;

@@ -21,14 +21,22 @@ pub fn for_some<T>(
 ) -> anyhow::Result<T> {
     let end = Instant::now() + limit;
     loop {
+        let begun = Instant::now();
         if let Some(found) = look()? {
             return Ok(found);
         }
         if Instant::now() >= end {
             bail!("{what}: not after {limit:?}");
         }
-        thread::sleep(Duration::from_millis(10));
+        pause_after(begun);
     }
+}
+
+/// A look may be a program's start, which is much on an emulated machine: who waits leaves
+/// most of it to what is waited for.
+fn pause_after(begun: Instant) {
+    let spent = begun.elapsed();
+    thread::sleep((2 * spent).clamp(Duration::from_millis(10), Duration::from_secs(1)));
 }
 
 /// Waits until `check` succeeds.
@@ -42,12 +50,13 @@ pub fn until_ok<T>(
 ) -> anyhow::Result<T> {
     let end = Instant::now() + limit;
     loop {
+        let begun = Instant::now();
         match check() {
             Ok(value) => return Ok(value),
             Err(error) if Instant::now() >= end => {
                 return Err(error.context(format!("{what}: not after {limit:?}")));
             }
-            Err(_) => thread::sleep(Duration::from_millis(10)),
+            Err(_) => pause_after(begun),
         }
     }
 }

@@ -19,6 +19,7 @@ usage: kernel-suite [OPTIONS] [FILTER ...]
   --group native|ipvs      only tests that need no more of the kernel; or that need IPVS
   --group counted          only tests that need a clock that counts; without a FILTER or
                            this they are left out
+  --short                  without what a short run leaves out
   --part K/N               only the Kth of N parts of what is chosen otherwise
   --rounds N               run everything N times
   --list                   print names and groups, run nothing
@@ -30,6 +31,7 @@ struct Options {
     selection: Selection,
     rounds: Option<u32>,
     part: Option<(usize, usize)>,
+    short: bool,
     list: bool,
     help: bool,
 }
@@ -61,6 +63,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Options>
             "--filter" => options.selection.filters.push(value()?),
             "--without" => options.selection.without.push(value()?),
             "--part" => options.part = Some(part(&value()?)?),
+            "--short" => options.short = true,
             "--exact" => options.selection.exact = true,
             "--group" => {
                 options.selection.group = Some(match value()?.as_str() {
@@ -101,7 +104,11 @@ fn run(options: &Options) -> anyhow::Result<bool> {
         out.write_all(USAGE.as_bytes())?;
         return Ok(true);
     }
-    let chosen = cases::all().into_iter();
+    let mut all = cases::all();
+    if options.short {
+        all = cases::for_a_short_run(all);
+    }
+    let chosen = all.into_iter();
     let chosen = chosen.filter(|test| options.selection.has(test));
     let (first, step) = options.part.unwrap_or((1, 1));
     // Neighbours are alike: each part gets some of every kind.

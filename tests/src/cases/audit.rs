@@ -30,9 +30,9 @@ auditBudgetPercent: 50
 /// emulated machine more.
 const PROMISE: Duration = Duration::from_secs(150);
 
-/// Services of two ports and endpoints of each: 2,000 real servers.
-const SERVICES: u8 = 20;
-const ENDPOINTS: u8 = 50;
+/// Services of two ports and endpoints of each: 400 real servers.
+const SERVICES: u8 = 10;
+const ENDPOINTS: u8 = 20;
 
 /// What `ferrule-agent status -o json` says.
 pub(super) fn status(context: &Context, node: &Node) -> anyhow::Result<Value> {
@@ -114,10 +114,10 @@ pub(super) fn damage_is_put_right(context: &mut Context) -> anyhow::Result<()> {
     world::wait_for_service(&client, 10, 80)?;
     // Their device has an address, which is one of the node's from then on.
     let foreign = Foreign::make(node.netns())?;
-    let good = wait::until_ok("2,000 real servers", wait::SETTLED * 4, || {
+    let good = wait::until_ok("400 real servers", wait::SETTLED * 4, || {
         let table = dump::ipvs(node.netns())?;
         let count = table.matches("Masq").count();
-        ensure!(count == 2004, "{count} real servers");
+        ensure!(count == 404, "{count} real servers");
         let state = state(&node)?;
         ensure!(
             state.contains("theirs0"),
@@ -194,9 +194,9 @@ const DAMAGES: &[Damage] = &[
         commands: &["ip addr del 10.96.0.10/32 dev kube-ipvs0"],
     },
     Damage {
-        what: "another weight for one real server among 2,000",
+        what: "another weight for one real server among 400",
         kind: "server",
-        commands: &["ipvsadm -e -t 10.96.1.7:80 -r 10.244.9.33:8080 -m -w 7"],
+        commands: &["ipvsadm -e -t 10.96.1.7:80 -r 10.244.9.13:8080 -m -w 7"],
     },
     Damage {
         what: "the nftables table flushed",

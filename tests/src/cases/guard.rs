@@ -139,7 +139,7 @@ fn reach(
 /// reached through its VIP at any moment, while the Service comes and goes and
 /// the agent is killed on the way.
 pub(super) fn no_moment_is_open(context: &mut Context) -> anyhow::Result<()> {
-    const CYCLES: usize = 4;
+    const CYCLES: usize = 2;
     /// Short: what is not answered was dropped or the VIP is not there.
     const PROBE: Duration = Duration::from_millis(500);
     let node = world::started_node(context)?;
@@ -158,12 +158,10 @@ pub(super) fn no_moment_is_open(context: &mut Context) -> anyhow::Result<()> {
                 scope.spawn(move || -> anyhow::Result<usize> {
                     let mut answered = 0;
                     while !done.load(Ordering::Relaxed) {
-                        match Request::new(transport, to).send(from, PROBE)? {
-                            Outcome::Answered { .. } => answered += 1,
-                            Outcome::Refused | Outcome::Unreachable | Outcome::TimedOut => {
-                                thread::sleep(Duration::from_millis(5));
-                            }
-                        }
+                        let outcome = Request::new(transport, to).send(from, PROBE)?;
+                        answered += usize::from(matches!(outcome, Outcome::Answered { .. }));
+                        // The agent has to go on beside a dozen of these.
+                        thread::sleep(Duration::from_millis(5));
                     }
                     Ok(answered)
                 })

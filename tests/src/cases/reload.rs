@@ -1,15 +1,19 @@
 //! The configuration changes under a running agent.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::ensure;
 
 use super::world::{self, Backend};
 use crate::context::Context;
+use crate::http;
 use crate::node::Node;
 use crate::pod::Pod;
 use crate::sock::{ANSWER, Connection, Outcome};
 use crate::wait;
+
+/// Where the agent tells what it counts, and what holds.
+const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 
 fn write(node: &Node, lines: &str) -> anyhow::Result<()> {
     node.write_config(&format!(
@@ -32,6 +36,8 @@ pub(super) fn a_change_takes_effect_live(context: &mut Context) -> anyhow::Resul
     let node = Node::create(context, "node-a")?;
     write(&node, "scheduler: rr\n")?;
     node.start()?;
+    // Some give it as soon as they see the process.
+    node.hangup()?;
     let backend = Backend::create(context, &node, "backend")?;
     let client = Pod::added(context, &node, "client")?;
     node.write_manifest("web.yaml", &world::service("web", 10, 80))?;
@@ -65,6 +71,11 @@ pub(super) fn a_change_takes_effect_live(context: &mut Context) -> anyhow::Resul
     write(&node, "scheduler: wlc\n")?;
     node.hangup()?;
     wait_for_scheduler(&node, "wlc")?;
+    wait::until_ok("the new configuration at /configz", wait::SETTLED, || {
+        let answer = http::get(node.netns(), METRICS, "/configz", "")?;
+        ensure!(answer.body.contains(r#""scheduler":"wlc""#), "{answer:?}");
+        Ok(())
+    })?;
 
     write(&node, "scheduler: fastest\n")?;
     node.hangup()?;

@@ -101,14 +101,14 @@ impl Farm {
         let name = name(number);
         let at = ips(number).map(|ip| SocketAddr::new(ip, world::TARGET));
         let mut servers = Vec::new();
-        for ip in ips(number) {
-            let octets = match ip {
-                IpAddr::V4(ip) => format!("{ip}/32"),
-                IpAddr::V6(ip) => format!("{ip}/128"),
-            };
-            // Bound by the network's route already; a socket wants an address.
-            batch(&self.netns, [format!("address replace {octets} dev lo")])?;
-        }
+        // Bound by the network's route already; a socket wants an address, and at once.
+        batch(
+            &self.netns,
+            ips(number).map(|ip| match ip {
+                IpAddr::V4(ip) => format!("address replace {ip}/32 dev lo"),
+                IpAddr::V6(ip) => format!("address replace {ip}/128 dev lo nodad"),
+            }),
+        )?;
         servers.extend(Server::at(&self.netns, &name, &at)?);
         self.servers.insert(number, servers);
         Ok(())
@@ -150,8 +150,8 @@ impl Shared {
 
     fn count(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
-        // The machine has others to serve.
-        thread::sleep(Duration::from_millis(10));
+        // An emulated machine has not many packets to give, and others to serve.
+        thread::sleep(Duration::from_millis(50));
     }
 
     /// New connections, one after the other.

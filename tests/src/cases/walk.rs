@@ -27,7 +27,7 @@ const SEED: &str = "FERRULE_WALK_SEED";
 const CHANGES: &str = "FERRULE_WALK_CHANGES";
 
 /// Changes unless told otherwise: an emulated machine makes ten in a second.
-const USUAL: u64 = 600;
+const USUAL: u64 = 250;
 
 /// Fewest and most changes of a batch.
 const BATCH: (usize, usize) = (80, 120);

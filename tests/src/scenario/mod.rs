@@ -55,7 +55,7 @@ use crate::{golden, netns};
 const LIMIT: Duration = Duration::from_mins(5);
 
 /// What the names of their tests begin with.
-const PREFIX: &str = "scenario/";
+pub(crate) const PREFIX: &str = "scenario/";
 
 /// Node objects and service networks of all scenarios.
 const CAST: &str = "cast.yaml";

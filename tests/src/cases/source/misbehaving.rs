@@ -40,7 +40,7 @@ const SEED: &str = "FERRULE_API_SEED";
 /// How many steps it has.
 const STEPS: &str = "FERRULE_API_STEPS";
 
-const USUAL: u64 = 100;
+const USUAL: u64 = 50;
 
 /// Steps after which the server recovers and everything is compared.
 const ROUND: u64 = 50;

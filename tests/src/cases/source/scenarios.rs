@@ -39,7 +39,7 @@ const SEED: &str = "FERRULE_SCENARIOS_SEED";
 const SAMPLE: &str = "FERRULE_SCENARIOS";
 
 /// Scenarios unless told otherwise: each takes some seconds on an emulated machine.
-const USUAL: u64 = 8;
+const USUAL: u64 = 4;
 
 /// Addresses that the scenarios' node has.
 const ADDRESSES: [&str; 4] = [
