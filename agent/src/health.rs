@@ -20,6 +20,7 @@ use tokio::time::sleep;
 use tracing::{error, info};
 
 use crate::http::{self, Answer};
+use crate::programming::Programming;
 use crate::reconcile::now;
 
 /// Pause before a port that is taken is tried again.
@@ -43,15 +44,20 @@ pub(crate) struct Board {
     pub(crate) node: BTreeSet<IpAddr>,
     /// VIPs at which one of them is answered.
     pub(crate) vips: BTreeSet<(IpAddr, u16)>,
-    /// Whether this node programs services at all.
+    /// Whether this node has programmed services, and still can.
     pub(crate) healthy: bool,
 }
 
 /// Ports that cannot be served, and why.
 pub(crate) type Faults = Arc<Mutex<BTreeMap<u16, (u64, String)>>>;
 
-/// Serves what the board says until the program ends.
-pub(crate) async fn run(mut board: watch::Receiver<Arc<Board>>, faults: Faults) {
+/// Serves what the board says until the program ends. Where changes wait for too long it is
+/// not to be trusted, and nobody else is told the contrary.
+pub(crate) async fn run(
+    mut board: watch::Receiver<Arc<Board>>,
+    faults: Faults,
+    programming: Arc<Programming>,
+) {
     let mut serving: BTreeMap<u16, JoinHandle<()>> = BTreeMap::new();
     loop {
         let wanted = Arc::clone(&board.borrow_and_update());
@@ -64,9 +70,10 @@ pub(crate) async fn run(mut board: watch::Receiver<Arc<Board>>, faults: Faults) 
             stays
         });
         for port in wanted.checks.keys() {
-            serving
-                .entry(*port)
-                .or_insert_with(|| tokio::spawn(serve(*port, board.clone(), Arc::clone(&faults))));
+            serving.entry(*port).or_insert_with(|| {
+                let (faults, programming) = (Arc::clone(&faults), Arc::clone(&programming));
+                tokio::spawn(serve(*port, board.clone(), faults, programming))
+            });
         }
         if board.changed().await.is_err() {
             return;
@@ -76,7 +83,12 @@ pub(crate) async fn run(mut board: watch::Receiver<Arc<Board>>, faults: Faults) 
 
 /// One port. It is bound at every address, for addresses come and go; who is
 /// answered is decided by the address that was called.
-async fn serve(port: u16, board: watch::Receiver<Arc<Board>>, faults: Faults) {
+async fn serve(
+    port: u16,
+    board: watch::Receiver<Arc<Board>>,
+    faults: Faults,
+    programming: Arc<Programming>,
+) {
     let listener = loop {
         match http::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).await {
             Ok(listener) => break listener,
@@ -93,19 +105,20 @@ async fn serve(port: u16, board: watch::Receiver<Arc<Board>>, faults: Faults) {
     lock(&faults).remove(&port);
     info!(port, "health check is served");
     http::serve(listener, move |request, called| {
-        let answer = answer(&board.borrow(), port, called);
+        let answer = answer(&board.borrow(), port, called, &programming);
         drop(request);
         async move { answer }
     })
     .await;
 }
 
-fn answer(board: &Board, port: u16, called: IpAddr) -> Option<Answer> {
+fn answer(board: &Board, port: u16, called: IpAddr, programming: &Programming) -> Option<Answer> {
     if !board.node.contains(&called) && !board.vips.contains(&(called, port)) {
         return None;
     }
     let check = board.checks.get(&port)?;
-    let status = if board.healthy && check.local_endpoints > 0 {
+    let healthy = board.healthy && programming.health().is_up_to_date;
+    let status = if healthy && check.local_endpoints > 0 {
         StatusCode::OK
     } else {
         StatusCode::SERVICE_UNAVAILABLE
@@ -113,7 +126,7 @@ fn answer(board: &Board, port: u16, called: IpAddr) -> Option<Answer> {
     let body = json!({
         "service": {"namespace": check.service.namespace, "name": check.service.name},
         "localEndpoints": check.local_endpoints,
-        "serviceProxyHealthy": board.healthy,
+        "serviceProxyHealthy": healthy,
     });
     let mut answer = http::plain(status, body.to_string());
     let headers = answer.headers_mut();
@@ -149,10 +162,12 @@ fn lock(faults: &Faults) -> std::sync::MutexGuard<'_, BTreeMap<u16, (u64, String
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
+    use std::time::Instant;
 
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::programming::Noticed;
 
     fn board() -> Board {
         let check = |name: &str, local_endpoints| Check {
@@ -168,7 +183,8 @@ mod tests {
     }
 
     fn status(board: &Board, port: u16, ip: [u8; 4]) -> Option<u16> {
-        answer(board, port, ip.into()).map(|answer| answer.status().as_u16())
+        let programming = Programming::new(Duration::from_secs(30));
+        answer(board, port, ip.into(), &programming).map(|answer| answer.status().as_u16())
     }
 
     #[test]
@@ -176,8 +192,19 @@ mod tests {
         let mut board = board();
         assert_eq!(status(&board, 30_001, [192, 0, 2, 1]), Some(200));
         assert_eq!(status(&board, 30_002, [192, 0, 2, 1]), Some(503));
-        let answer = answer(&board, 30_001, [192, 0, 2, 1].into()).unwrap();
-        assert_eq!(answer.headers()["x-load-balancing-endpoint-weight"], "2");
+        let node = IpAddr::from([192, 0, 2, 1]);
+        let programming = Programming::new(Duration::ZERO);
+        let well = answer(&board, 30_001, node, &programming).unwrap();
+        assert_eq!(well.headers()["x-load-balancing-endpoint-weight"], "2");
+        assert_eq!(well.status(), StatusCode::OK);
+        // A change has waited for too long: the board may be out of date.
+        let noticed = Noticed {
+            services: 1,
+            slices: 0,
+        };
+        programming.note_changes(noticed, Instant::now());
+        let behind = answer(&board, 30_001, node, &programming).unwrap();
+        assert_eq!(behind.status(), StatusCode::SERVICE_UNAVAILABLE);
         board.healthy = false;
         assert_eq!(status(&board, 30_001, [192, 0, 2, 1]), Some(503));
     }
@@ -219,7 +246,8 @@ mod tests {
         };
         let faults = Faults::default();
         let (tell, told) = watch::channel(with(&[loopback]));
-        let server = tokio::spawn(run(told, Arc::clone(&faults)));
+        let programming = Arc::new(Programming::new(Duration::from_secs(30)));
+        let server = tokio::spawn(run(told, Arc::clone(&faults), programming));
         while problems(&faults).is_empty() {
             sleep(Duration::from_millis(5)).await;
         }

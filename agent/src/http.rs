@@ -11,7 +11,8 @@ use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
+use rustix::net::sockopt::set_ipv6_v6only;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -25,6 +26,9 @@ const MAX_CONNECTIONS: usize = 128;
 /// an idle connection would keep its place from others.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECTION_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Connections that wait to be taken.
+const BACKLOG: u32 = 128;
 
 /// Pause after a connection that could not be taken, as where descriptors are short.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -40,7 +44,12 @@ const RETRY: Duration = Duration::from_secs(30);
 /// # Errors
 /// When it cannot be had.
 pub(crate) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    match TcpListener::bind(address).await {
+    let bound = if address.ip() == Ipv6Addr::UNSPECIFIED {
+        bind_both(address)
+    } else {
+        TcpListener::bind(address).await
+    };
+    match bound {
         Err(error)
             if error.kind() != io::ErrorKind::AddrInUse
                 && address.ip() == Ipv6Addr::UNSPECIFIED =>
@@ -49,6 +58,15 @@ pub(crate) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         }
         bound => bound,
     }
+}
+
+/// Whatever `net.ipv6.bindv6only` says.
+fn bind_both(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = TcpSocket::new_v6()?;
+    set_ipv6_v6only(&socket, false)?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Likewise, but tries until it succeeds: a port that is taken is no reason for the agent to

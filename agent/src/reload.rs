@@ -46,7 +46,7 @@ pub(crate) async fn follow(
         match read {
             Ok(config) => {
                 if told.take().is_some() || config != holds {
-                    for field in waiting(&holds, &config) {
+                    for field in waiting(&held.borrow(), &config) {
                         warn!(field, "takes effect at the agent's next start");
                     }
                     for note in config.notes.iter().filter(|n| !holds.notes.contains(n)) {

@@ -35,14 +35,21 @@ impl fmt::Display for CleanupError {
 pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
     let mut problems = Vec::new();
     let services = remove_services(&settings, &mut problems).await;
+    let mut unbound = false;
     match Bindings::find(&settings.vip_device).await {
         // They prove whose the services are: they stay until these are gone.
-        Ok(bindings) if services => remove_bindings(bindings, &settings, &mut problems).await,
+        Ok(bindings) if services => {
+            let before = problems.len();
+            remove_bindings(bindings, &settings, &mut problems).await;
+            unbound = problems.len() == before;
+        }
         Ok(_) => problems.push(format!("device {} stays", settings.vip_device)),
         Err(error) => problems.push(error.to_string()),
     }
-    if services && let Err(error) = filter::remove(&settings.nft_program, &settings.nft_table).await
-    {
+    // Without it, whatever listens on the node is reached through a VIP that is still bound.
+    if !unbound {
+        problems.push(format!("table {} stays", settings.nft_table));
+    } else if let Err(error) = filter::remove(&settings.nft_program, &settings.nft_table).await {
         problems.push(error.to_string());
     }
     if let Err(error) = restore_timeouts(&settings.sysctls).await {

@@ -1,4 +1,5 @@
-//! Entries of connection tracking that keep a flow at a backend that is gone.
+//! Entries of connection tracking: those that keep a flow at a backend that is gone, and
+//! those that tell whether one that leaves is still talked to.
 //!
 //! IPVS forgets the connection to a removed real server at its next packet, and drops that
 //! packet where connection tracking knows it: a client of UDP that keeps its port loses a
@@ -22,6 +23,7 @@ const HEADER: usize = 4;
 /// `CTA_*` of `linux/netfilter/nfnetlink_conntrack.h`.
 const ORIGINAL: u16 = 1;
 const REPLY: u16 = 2;
+const PROTOCOL_STATE: u16 = 4;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
 const FILTER: u16 = 25;
@@ -37,6 +39,11 @@ const V6_DESTINATION: u16 = 4;
 const PROTO_NUMBER: u16 = 1;
 const PROTO_SOURCE: u16 = 2;
 const PROTO_DESTINATION: u16 = 3;
+/// `CTA_PROTOINFO_TCP`, `CTA_PROTOINFO_TCP_STATE`.
+const TCP: u16 = 1;
+const TCP_STATE: u16 = 1;
+/// `TCP_CONNTRACK_LAST_ACK`, `TIME_WAIT`, `CLOSE`: neither side will say anything more.
+const ENDED: [u8; 3] = [6, 7, 8];
 /// `CTA_FILTER_ORIG_FLAGS`, and its flags for the destination's address, the protocol's
 /// number and the destination's port.
 const FILTER_ORIGINAL: u16 = 1;
@@ -107,6 +114,25 @@ impl Conntrack {
 
 type Key = (IpAddr, u8, u16);
 
+impl Conntrack {
+    /// Backends with connections of TCP to a frontend that have not ended in both directions.
+    /// IPVS counts the half closed ones with those that have ended.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn open_to(&self, frontend: &FrontendAddr) -> Result<BTreeSet<BackendAddr>, Error> {
+        let answers = self.socket.dump(question(frontend)).await?;
+        let entries = answers
+            .iter()
+            .filter_map(|answer| Entry::read(&answer.body));
+        let open = entries.filter(|entry| {
+            let ended = entry.state.is_some_and(|state| ENDED.contains(&state));
+            entry.destination == frontend_key(frontend) && !ended
+        });
+        Ok(open.filter_map(|entry| entry.backend).collect())
+    }
+}
+
 fn frontend_key(frontend: &FrontendAddr) -> Key {
     (frontend.ip, frontend.protocol.number(), frontend.port)
 }
@@ -150,6 +176,8 @@ struct Entry {
     destination: Key,
     /// Where answers come from: the backend, as IPVS has written it.
     backend: Option<BackendAddr>,
+    /// `enum tcp_conntrack`.
+    state: Option<u8>,
     /// The attributes by which it is told from every other.
     names: Vec<(u16, Vec<u8>)>,
 }
@@ -157,7 +185,8 @@ struct Entry {
 impl Entry {
     /// `None` for what is no connection between ports.
     fn read(message: &[u8]) -> Option<Self> {
-        let (mut destination, mut backend, mut names) = (None, None, Vec::new());
+        let (mut destination, mut backend, mut state) = (None, None, None);
+        let mut names = Vec::new();
         for (kind, value) in attributes(message.get(HEADER..)?) {
             match kind {
                 ORIGINAL => {
@@ -167,6 +196,7 @@ impl Entry {
                     let key = tuple(&value, V4_SOURCE, V6_SOURCE, PROTO_SOURCE);
                     backend = key.map(|(ip, _, port)| BackendAddr::new(ip, port));
                 }
+                PROTOCOL_STATE => state = tcp_state(&value),
                 _ => {}
             }
             match kind {
@@ -178,6 +208,7 @@ impl Entry {
         Some(Self {
             destination: destination?,
             backend,
+            state,
             names,
         })
     }
@@ -212,6 +243,16 @@ fn tuple(value: &[u8], v4: u16, v6: u16, port: u16) -> Option<Key> {
         }
     }
     Some((ip?, number?, at?))
+}
+
+fn tcp_state(value: &[u8]) -> Option<u8> {
+    let tcp = attributes(value)
+        .into_iter()
+        .find(|(kind, _)| *kind == TCP)?;
+    let state = attributes(&tcp.1).into_iter();
+    state
+        .filter(|(kind, _)| *kind == TCP_STATE)
+        .find_map(|(_, value)| value.first().copied())
 }
 
 /// The attributes as far as they can be read.
@@ -258,6 +299,10 @@ mod tests {
             nested(ORIGINAL, &original),
             nested(REPLY, &reply),
             DefaultNla::new(ID, vec![1, 2, 3, 4]),
+            nested(
+                PROTOCOL_STATE,
+                &[nested(TCP, &[DefaultNla::new(TCP_STATE, vec![7])])],
+            ),
         ];
         body(family(frontend), &attributes)
     }
@@ -270,6 +315,7 @@ mod tests {
             let read = Entry::read(&entry(&frontend, backend)).unwrap();
             assert_eq!(read.destination, frontend_key(&frontend));
             assert_eq!(read.backend, Some(backend));
+            assert_eq!(read.state, Some(7));
             let kinds: Vec<u16> = read.names.iter().map(|(kind, _)| *kind).collect();
             assert_eq!(kinds, [ORIGINAL | NESTED, ID]);
         }

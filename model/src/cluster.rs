@@ -1,6 +1,6 @@
 //! Facts about the cluster, as the sources told them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 
 use crate::address::{BackendAddr, parse_address};
@@ -29,6 +29,8 @@ pub struct ClusterState {
     nodes: BTreeMap<String, Node>,
     /// Nodes that were there once, at most [`GONE_NODES`].
     gone_nodes: BTreeSet<String>,
+    /// The same in the order in which they went.
+    gone_order: VecDeque<String>,
     /// Nodes by each of their addresses.
     nodes_at: Index<String>,
     /// Services by each address that they name and no ServiceCIDR gave them: a Node
@@ -118,10 +120,7 @@ impl ClusterState {
             Kind::Node => {
                 let old = self.nodes.remove(&key.name.name);
                 if old.is_some() {
-                    self.gone_nodes.insert(key.name.name.clone());
-                    if self.gone_nodes.len() > GONE_NODES {
-                        self.gone_nodes.pop_first();
-                    }
+                    self.note_gone(&key.name.name);
                 }
                 let mut touched = self.move_node(&key.name.name, old.as_ref(), None);
                 touched.merge(Touched::node(key.name.name, old.is_none()));
@@ -138,9 +137,22 @@ impl ClusterState {
         let old = self.nodes.get(&name).cloned();
         let mut touched = self.move_node(&name, old.as_ref(), Some(&node));
         touched.merge(Touched::node(name.clone(), old.as_ref() == Some(&node)));
-        self.gone_nodes.remove(&name);
+        if self.gone_nodes.remove(&name) {
+            self.gone_order.retain(|gone| *gone != name);
+        }
         self.nodes.insert(name, node);
         touched
+    }
+
+    fn note_gone(&mut self, node: &str) {
+        if self.gone_nodes.insert(node.to_owned()) {
+            self.gone_order.push_back(node.to_owned());
+        }
+        if self.gone_order.len() > GONE_NODES
+            && let Some(oldest) = self.gone_order.pop_front()
+        {
+            self.gone_nodes.remove(&oldest);
+        }
     }
 
     /// Which Node has an address decides about the Services that name it.

@@ -95,9 +95,18 @@ impl Desired {
         &self.drains
     }
 
+    /// Frontends at an address that is no device's of this node and of which backends leave:
+    /// they hold it though no Service has it any more.
+    pub fn lingering(&self, ip: IpAddr) -> impl Iterator<Item = FrontendAddr> {
+        let live = self.drains.live().filter_map(|((key, _), _)| key.address());
+        let is_held = !self.facts.own.contains(&ip);
+        live.filter(move |addr| is_held && addr.ip == ip)
+    }
+
     /// Lets the real servers of TCP in `scope` that the kernel has and nobody wants keep
     /// their connections from now on, and forgets those that are gone or wanted again.
-    pub fn drain(&mut self, observed: &Observed, scope: &Scope, now: Instant) {
+    /// Returns those whose pods are gone, so that they need not.
+    pub fn drain(&mut self, observed: &Observed, scope: &Scope, now: Instant) -> Vec<Server> {
         let frontends = scope
             .frontends
             .iter()
@@ -122,10 +131,10 @@ impl Desired {
             self.drains.set(key, &unwanted.collect(), now);
         }
         self.drains.note(&scope.left);
-        for server in &scope.ended {
-            self.drains.end(server);
-        }
+        let ended = scope.ended.iter().copied();
+        let ended = ended.filter(|server| self.drains.end(server)).collect();
         self.drains.forget_gone(observed);
+        ended
     }
 
     /// Takes in what the cluster says of the backends that leave, and ends the drains of

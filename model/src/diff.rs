@@ -265,10 +265,16 @@ fn with_leaving(
     if kept.is_empty() {
         return wanted;
     }
-    let mut service = wanted.unwrap_or_else(|| VirtualService {
-        scheduling: present.scheduling.clone(),
-        ..VirtualService::default()
-    });
+    let mut service = match wanted {
+        Some(mut wanted) => {
+            wanted.scheduling = wanted.scheduling.around_weight_0();
+            wanted
+        }
+        None => VirtualService {
+            scheduling: present.scheduling.clone(),
+            ..VirtualService::default()
+        },
+    };
     for backend in kept {
         service.servers.entry(backend).or_insert(0);
     }

@@ -103,12 +103,6 @@ impl Drains {
         self.0.iter().filter(|(_, drain)| !drain.over)
     }
 
-    /// Since when a backend has been leaving.
-    #[must_use]
-    pub fn since(&self, server: &Server) -> Option<Instant> {
-        self.0.get(server).map(|drain| drain.since)
-    }
-
     /// The backends of a virtual service that keep their connections still.
     pub fn kept(&self, key: ServiceKey) -> impl Iterator<Item = BackendAddr> {
         let of_key = self.of(key).filter(|(_, drain)| !drain.over);
@@ -141,7 +135,12 @@ impl Drains {
             return;
         }
         for ((_, backend), drain) in &mut self.0 {
-            if let (None, Some(listing)) = (&drain.left, left.get(backend)) {
+            // Somebody may have looked between the slice's word and this.
+            let unknown = drain.node.is_none() && !drain.terminating;
+            let Some(listing) = left.get(backend) else {
+                continue;
+            };
+            if drain.left.is_none() || unknown {
                 drain.terminating |= listing.terminating;
                 if drain.node.is_none() {
                     drain.node.clone_from(&listing.node);
@@ -171,11 +170,10 @@ impl Drains {
         });
     }
 
-    /// Lets a drain end: its real server is to be removed.
-    pub(crate) fn end(&mut self, server: &Server) {
-        if let Some(drain) = self.0.get_mut(server) {
-            drain.over = true;
-        }
+    /// Lets a drain end: its real server is to be removed. Whether that is news.
+    pub(crate) fn end(&mut self, server: &Server) -> bool {
+        let drain = self.0.get_mut(server);
+        drain.is_some_and(|drain| !std::mem::replace(&mut drain.over, true))
     }
 
     /// Takes in what the slices say of the backends that leave, and returns those whose

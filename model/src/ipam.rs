@@ -154,10 +154,11 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Whether an address is this node's to give, and nobody's.
+    /// Whether an address had a lease that has ended, and is nobody's now. One that never had
+    /// any may be a pod's of another plugin.
     #[must_use]
     pub fn is_abandoned(&self, ip: IpAddr) -> bool {
-        self.ranges.iter().any(|range| range.offers(ip))
+        self.release_order.contains_key(&ip)
             && !self.leased.contains(&ip)
             && !self.withheld.contains(&ip)
     }
@@ -349,4 +350,28 @@ pub struct LeasedTwice {
     pub holder: String,
     /// Who was to get it.
     pub claimant: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::{ContainerId, IfName};
+
+    /// Beside another plugin no pod has a lease of ours.
+    #[test]
+    fn an_address_is_abandoned_by_who_had_it() {
+        let ip = IpAddr::from([10, 244, 1, 2]);
+        let attachment = Attachment {
+            container_id: ContainerId::try_from("pod".to_owned()).unwrap(),
+            interface: IfName::try_from("eth0".to_owned()).unwrap(),
+        };
+        let mut ledger = Ledger::default();
+        assert!(!ledger.is_abandoned(ip), "never leased");
+        ledger.record_lease(attachment.clone(), vec![ip]).unwrap();
+        assert!(!ledger.is_abandoned(ip), "in use");
+        ledger.record_release(&attachment, ledger.next_release());
+        assert!(ledger.is_abandoned(ip));
+        ledger.withhold(BTreeSet::from([ip]));
+        assert!(!ledger.is_abandoned(ip), "somebody has it without a lease");
+    }
 }

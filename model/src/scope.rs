@@ -73,9 +73,10 @@ impl Scope {
         self.vips.insert(frontend.ip);
     }
 
-    /// Whether there is nothing in it.
+    /// Whether there is nothing in it. What left a slice counts though it names no address:
+    /// a backend that drains is about to be told by it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len() == 0 && self.ended.is_empty() && self.left.is_empty()
     }
 }

@@ -195,6 +195,22 @@ impl Scheduling {
             .filter(move |bit| flags & (1 << bit) != 0)
             .map(|bit| format!("flag-{}", bit + 1))
     }
+
+    /// The same beside a real server of weight 0, which is to take no new connection. `sh` and
+    /// `mh` refuse a client whose hash leads to one, but for flag 1; `dh` refuses all of its
+    /// virtual service's (`ip_vs_sh_get`, `ip_vs_mh_get`, `ip_vs_dh_schedule` of the kernel).
+    #[must_use]
+    pub fn around_weight_0(mut self) -> Self {
+        match self.scheduler {
+            Scheduler::SourceHash | Scheduler::MaglevHash => self.scheduler_flags |= 1,
+            Scheduler::DestinationHash => {
+                self.scheduler = Scheduler::RoundRobin;
+                self.scheduler_flags = 0;
+            }
+            _ => {}
+        }
+        self
+    }
 }
 
 /// One virtual service with its real servers. The forwarding method is always
@@ -211,6 +227,29 @@ pub struct VirtualService {
 mod tests {
     use super::*;
     use crate::address::Protocol;
+
+    #[test]
+    fn a_hash_leads_past_weight_0() {
+        let of = |scheduler, scheduler_flags| Scheduling {
+            scheduler,
+            scheduler_flags,
+            persistence: Some(60),
+        };
+        for (asked, around) in [
+            (of(Scheduler::SourceHash, 0), of(Scheduler::SourceHash, 1)),
+            (of(Scheduler::MaglevHash, 2), of(Scheduler::MaglevHash, 3)),
+            (
+                of(Scheduler::DestinationHash, 0),
+                of(Scheduler::RoundRobin, 0),
+            ),
+            (
+                of(Scheduler::LeastConnection, 0),
+                of(Scheduler::LeastConnection, 0),
+            ),
+        ] {
+            assert_eq!(asked.around_weight_0(), around);
+        }
+    }
 
     #[test]
     fn a_virtual_service_has_an_address_or_a_mark() {

@@ -197,7 +197,7 @@ impl Way<'_> {
         if let Some(service) = service {
             return self.forwarded(service);
         }
-        if self.desired.is_vip(target) || self.is_external() {
+        if self.is_vip(target) || self.is_external() {
             return self.without_service();
         }
         // The guard of the hook input has no rule for these: an address of the node is none.
@@ -221,7 +221,12 @@ impl Way<'_> {
 
     /// Whether the kernel counts the address as this machine's.
     fn is_local(&self, ip: IpAddr) -> bool {
-        self.desired.facts().own.contains(&ip) || self.desired.is_vip(ip) || ip.is_loopback()
+        self.desired.facts().own.contains(&ip) || self.is_vip(ip) || ip.is_loopback()
+    }
+
+    /// One of which only old connections are left is guarded as before.
+    fn is_vip(&self, ip: IpAddr) -> bool {
+        self.desired.is_vip(ip) || self.desired.lingering(ip).next().is_some()
     }
 
     fn is_external(&self) -> bool {

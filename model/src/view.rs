@@ -135,8 +135,8 @@ impl NodeView {
 
     /// Lets what the kernel has in `scope` and nobody wants keep its connections; see
     /// [`Desired::drain`].
-    pub fn drain(&mut self, observed: &Observed, scope: &Scope, now: Instant) {
-        self.desired.drain(observed, scope, now);
+    pub fn drain(&mut self, observed: &Observed, scope: &Scope, now: Instant) -> Vec<Server> {
+        self.desired.drain(observed, scope, now)
     }
 
     /// Ends the drains of which nothing is left to wait for, and returns them; see

@@ -21,6 +21,8 @@ use ferrule_model::kube::{
 use ferrule_model::names::ObjectName;
 use ferrule_model::network::Policy;
 use ferrule_model::observed::Observed;
+use ferrule_model::service::Scheduler;
+use ferrule_model::verdict::{Packet, Refusal, Verdict, verdict};
 use ferrule_model::view::NodeView;
 
 const VIP: [u8; 4] = [10, 96, 0, 1];
@@ -56,9 +58,30 @@ fn node(name: &str, taints: &[&str]) -> Object {
     Object::Node(node)
 }
 
+fn slice<const N: usize>(endpoints: [Endpoint; N]) -> Object {
+    let mut slice = EndpointSlice::default();
+    "web-4".clone_into(&mut slice.metadata.name);
+    let label = (SERVICE_NAME_LABEL.to_owned(), "web".to_owned());
+    slice.metadata.labels = [label].into();
+    slice.address_type = AddressType::IPv4;
+    slice.ports = [Protocol::Tcp, Protocol::Udp]
+        .map(|protocol| EndpointPort {
+            port: Some(8080),
+            protocol,
+            ..EndpointPort::default()
+        })
+        .into();
+    slice.endpoints = endpoints.into();
+    Object::EndpointSlice(slice)
+}
+
 impl World {
     /// A Service of TCP and UDP with the endpoints 10.1.0.1 and 10.1.0.2 on node n1.
     fn new() -> Self {
+        Self::with(Policy::default())
+    }
+
+    fn with(policy: Policy) -> Self {
         let mut service = Service::default();
         "web".clone_into(&mut service.metadata.name);
         service.spec.cluster_ips = vec![IpAddr::from(VIP).to_string()];
@@ -70,7 +93,7 @@ impl World {
             })
             .into();
         let mut world = Self {
-            view: NodeView::new("n0", Policy::default()),
+            view: NodeView::new("n0", policy),
             kernel: Observed::default(),
             start: Instant::now(),
         };
@@ -89,20 +112,7 @@ impl World {
     }
 
     fn list<const N: usize>(&mut self, endpoints: [Endpoint; N]) -> Vec<Change> {
-        let mut slice = EndpointSlice::default();
-        "web-4".clone_into(&mut slice.metadata.name);
-        let label = (SERVICE_NAME_LABEL.to_owned(), "web".to_owned());
-        slice.metadata.labels = [label].into();
-        slice.address_type = AddressType::IPv4;
-        slice.ports = [Protocol::Tcp, Protocol::Udp]
-            .map(|protocol| EndpointPort {
-                port: Some(8080),
-                protocol,
-                ..EndpointPort::default()
-            })
-            .into();
-        slice.endpoints = endpoints.into();
-        self.tell(Object::EndpointSlice(slice))
+        self.tell(slice(endpoints))
     }
 
     fn follow(&mut self, scope: &Scope) -> Vec<Change> {
@@ -200,6 +210,79 @@ fn a_pod_that_was_being_ended_is_gone_with_its_endpoint() {
     assert_eq!(world.weight(1), None);
 }
 
+/// Between its ending and its end nobody has looked, and no frontend differs by the latter.
+#[test]
+fn what_a_slice_said_last_counts_whoever_looks_first() {
+    for looks_first in [false, true] {
+        let mut world = World::new();
+        world.list([
+            endpoint("10.1.0.1", "n1", false, true),
+            endpoint("10.1.0.2", "n1", true, false),
+        ]);
+        let slice = slice([endpoint("10.1.0.2", "n1", true, false)]);
+        let (scope, _) = world.view.take([Event::Applied(Box::new(slice))]);
+        assert_eq!(scope.len(), 0);
+        assert!(!scope.is_empty(), "it would never be followed");
+        if looks_first {
+            assert_eq!(world.ends(MINUTE, &[]), []);
+        }
+        world.follow(&scope);
+        assert_eq!(world.ends(MINUTE, &[]), [End::PodGone], "{looks_first}");
+    }
+}
+
+/// A VIP of a deleted Service is guarded until the last connection to it has ended.
+#[test]
+fn a_trace_knows_what_lives_on() {
+    let mut world = World::new();
+    let deleted = Event::Deleted(ObjectKey {
+        kind: Kind::Service,
+        name: ObjectName::new("default", "web"),
+    });
+    let (scope, _) = world.view.take([deleted]);
+    world.follow(&scope);
+    let fares = |world: &World, port| {
+        let packet = Packet {
+            source: [10, 1, 0, 9].into(),
+            device: Some("eth0"),
+            target: FrontendAddr::new(VIP.into(), port, Protocol::Tcp),
+        };
+        verdict(world.view.desired(), &world.view.source_nat(), &packet)
+    };
+    for port in [80, 81] {
+        assert_eq!(fares(&world, port), Verdict::Refused(Refusal::NoPort));
+    }
+    world.list([]);
+    let gone = ["10.1.0.1", "10.1.0.2"];
+    assert_eq!(world.ends(MINUTE, &gone), [End::PodGone, End::PodGone]);
+    assert!(matches!(fares(&world, 80), Verdict::Passed(_)));
+}
+
+/// A hash must not lead new clients to a backend that leaves.
+#[test]
+fn a_hash_leads_past_backends_that_leave() {
+    for (scheduler, flags, (around, around_flags)) in [
+        ("mh", 2, ("mh", 3)),
+        ("sh", 0, ("sh", 1)),
+        ("dh", 0, ("rr", 0)),
+        ("wlc", 0, ("wlc", 0)),
+    ] {
+        let mut policy = Policy::default();
+        policy.scheduling.scheduler = Scheduler::known(scheduler).unwrap();
+        policy.scheduling.scheduler_flags = flags;
+        let mut world = World::with(policy);
+        let scheduling = |world: &World| {
+            let scheduling = &world.kernel.services[&server(1).0].scheduling;
+            (scheduling.scheduler.to_string(), scheduling.scheduler_flags)
+        };
+        assert_eq!(scheduling(&world), (scheduler.to_owned(), flags));
+        world.list([endpoint("10.1.0.2", "n1", true, false)]);
+        assert_eq!(scheduling(&world), (around.to_owned(), around_flags));
+        assert_eq!(world.ends(MINUTE, &["10.1.0.1"]), [End::PodGone]);
+        assert_eq!(scheduling(&world), (scheduler.to_owned(), flags));
+    }
+}
+
 /// It was used to the last, so nobody has looked at it while it drained.
 #[test]
 fn the_last_pod_that_was_being_ended_is_gone_at_once() {
@@ -208,7 +291,10 @@ fn the_last_pod_that_was_being_ended_is_gone_at_once() {
     assert_eq!(world.weight(1), Some(1));
     // The other drained meanwhile.
     assert_eq!(world.weight(2), Some(0));
-    world.list([]);
+    let (scope, _) = world.view.take([Event::Applied(Box::new(slice([])))]);
+    let ended = world.view.drain(&world.kernel, &scope, world.start);
+    assert_eq!(ended, [server(1)], "it is told");
+    world.follow(&scope);
     assert_eq!(world.weight(2), Some(0));
     assert_eq!(world.weight(1), None);
 }

@@ -26,18 +26,15 @@ use super::drain_file::DrainFile;
 /// the slices where nothing was told.
 const COUNT: Duration = Duration::from_secs(3);
 
-/// For how long connections that are not established count. Those that begin are by then;
-/// what is left has ended and waits for its time-out, 2 minutes.
-const QUIET: Duration = Duration::from_secs(5);
-
 /// Least time between two looks at the slices, which go through all of them.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Virtual services whose real servers are read in one go.
 const AT_ONCE: usize = 256;
 
-/// Frontends whose entries of connection tracking are looked for in one go.
-const FORGOTTEN_AT_ONCE: usize = 64;
+/// For how long entries of connection tracking are looked for in one go. The kernel walks its
+/// whole table for each frontend.
+const FORGETTING: Duration = Duration::from_millis(50);
 
 /// What is kept about backends that leave.
 #[derive(Debug)]
@@ -98,28 +95,29 @@ impl Drains {
         !self.fresh.is_empty() || !self.stale.is_empty()
     }
 
-    fn note_end(&mut self, end: End) {
-        *self.ended.entry(end.name()).or_default() += 1;
+    /// One frontend at least, so that it comes to an end.
+    async fn forget(&mut self) {
+        let start = Instant::now();
+        while let Some((frontend, _)) = self.stale.first().copied() {
+            let (now, later) = std::mem::take(&mut self.stale)
+                .into_iter()
+                .partition(|(of, _)| *of == frontend);
+            self.stale = later;
+            self.forget_these(&now).await;
+            if start.elapsed() >= FORGETTING {
+                return;
+            }
+        }
     }
 
-    async fn forget(&mut self) {
-        let stale = |drains: &mut Self| {
-            let frontends = drains.stale.iter().map(|(frontend, _)| *frontend);
-            let some: BTreeSet<_> = frontends.take(FORGOTTEN_AT_ONCE).collect();
-            let (now, later) = std::mem::take(&mut drains.stale)
-                .into_iter()
-                .partition(|(frontend, _)| some.contains(frontend));
-            drains.stale = later;
-            now
-        };
-        let gone: BTreeSet<(FrontendAddr, BackendAddr)> = stale(self);
+    async fn forget_these(&mut self, gone: &BTreeSet<(FrontendAddr, BackendAddr)>) {
         let conntrack = match self.conntrack.take() {
             Some(conntrack) => Ok(conntrack),
             None => Conntrack::open(),
         };
         let outcome = match conntrack {
             Ok(conntrack) => {
-                let outcome = conntrack.forget(&gone).await;
+                let outcome = conntrack.forget(gone).await;
                 // A socket in doubt is replaced by a new one.
                 self.conntrack = outcome.is_ok().then_some(conntrack);
                 outcome
@@ -241,6 +239,11 @@ impl Reconciler {
     }
 
     fn end_drain(&mut self, server: &Server, end: End) {
+        self.note_end(server, end);
+        self.dirty.insert_service(server.0);
+    }
+
+    fn note_end(&mut self, server: &Server, end: End) {
         let (key, backend) = server;
         if end != End::Idle {
             info!(service = %key, %backend, reason = end.name(), "a backend's connections end");
@@ -250,8 +253,7 @@ impl Reconciler {
                 self.drains.stale.extend(flows);
             }
         }
-        self.drains.note_end(end);
-        self.dirty.insert_service(*key);
+        *self.drains.ended.entry(end.name()).or_default() += 1;
     }
 
     async fn count_connections(&mut self, now: Instant) {
@@ -275,21 +277,43 @@ impl Reconciler {
                 continue;
             };
             let known = self.observed.as_ref().and_then(|o| o.services.get(&key));
+            // Only with weight 0 none can come between the count and the removal.
             let weights: BTreeMap<_, _> = known.map(|s| s.servers.clone()).unwrap_or_default();
+            let kept = kept.into_iter().filter(|b| weights.get(b) == Some(&0));
+            let (mut idle, mut inactive) = (Vec::new(), Vec::new());
             for backend in kept {
-                let since = self.view.desired().drains().since(&(key, backend));
-                let quiet = since.is_some_and(|since| since.elapsed() >= QUIET);
-                let idle = match connections.get(&backend) {
-                    None | Some((0, 0)) => true,
-                    Some((active, _)) => quiet && *active == 0,
-                };
-                // Only with weight 0 none can come between the count and the removal.
-                if idle && weights.get(&backend) == Some(&0) {
-                    self.view.end_drain(&(key, backend));
-                    self.end_drain(&(key, backend), End::Idle);
+                match connections.get(&backend) {
+                    None | Some((0, 0)) => idle.push(backend),
+                    Some((0, _)) => inactive.push(backend),
+                    Some(_) => {}
                 }
             }
+            if !inactive.is_empty()
+                && let Some(open) = self.open_connections(key).await
+            {
+                idle.extend(inactive.into_iter().filter(|b| !open.contains(b)));
+            }
+            for backend in idle {
+                self.view.end_drain(&(key, backend));
+                self.end_drain(&(key, backend), End::Idle);
+            }
         }
+    }
+
+    /// Backends of a virtual service with connections that have not ended, of which IPVS
+    /// knows no active ones. `None` where nobody can tell: they end with their time-out then.
+    async fn open_connections(&mut self, key: ServiceKey) -> Option<BTreeSet<BackendAddr>> {
+        let frontends = frontends(key, self.observed.as_ref()?);
+        let conntrack = match self.drains.conntrack.take() {
+            Some(conntrack) => conntrack,
+            None => Conntrack::open().ok()?,
+        };
+        let mut open = BTreeSet::new();
+        for frontend in &frontends {
+            open.extend(conntrack.open_to(frontend).await.ok()?);
+        }
+        self.drains.conntrack = Some(conntrack);
+        Some(open)
     }
 
     /// What `status` tells.
@@ -312,8 +336,11 @@ impl Reconciler {
     /// Lets what is not wanted any longer keep its connections, before the difference to
     /// the kernel is taken.
     pub(super) fn drain(&mut self, scope: &Scope) {
-        if let Some(observed) = &self.observed {
-            self.view.drain(observed, scope, Instant::now());
+        let Some(observed) = &self.observed else {
+            return;
+        };
+        for server in self.view.drain(observed, scope, Instant::now()) {
+            self.note_end(&server, End::PodGone);
         }
     }
 }

@@ -9,12 +9,15 @@ use tokio::sync::watch;
 use super::Reconciler;
 use super::faults::About;
 use crate::health::{self, Board, Check, Faults};
+use crate::programming::Programming;
 
 /// The reconciler's end.
 #[derive(Debug)]
 pub(super) struct HealthChecks {
     board: watch::Sender<Arc<Board>>,
     faults: Faults,
+    /// Whether services were programmed once: looking anew at the kernel takes nothing from it.
+    programmed: bool,
 }
 
 impl HealthChecks {
@@ -22,14 +25,16 @@ impl HealthChecks {
         Self {
             board: watch::Sender::new(Arc::default()),
             faults: Faults::default(),
+            programmed: false,
         }
     }
 
     /// Serves them until the program ends.
-    pub(super) fn serve(&self) {
+    pub(super) fn serve(&self, programming: &Arc<Programming>) {
         tokio::spawn(health::run(
             self.board.subscribe(),
             Arc::clone(&self.faults),
+            Arc::clone(programming),
         ));
     }
 
@@ -40,7 +45,8 @@ impl HealthChecks {
 
 impl Reconciler {
     /// Puts what holds now on the board, if that is news.
-    pub(super) fn tell_health_checks(&self) {
+    pub(super) fn tell_health_checks(&mut self) {
+        self.health_checks.programmed |= self.complete && self.observed.is_some();
         let desired = self.view.desired();
         if desired.health_checks().is_empty() && self.health_checks.board.borrow().checks.is_empty()
         {
@@ -58,7 +64,7 @@ impl Reconciler {
             checks,
             node: desired.facts().node_ports.clone(),
             vips: desired.asked().map(|addr| (addr.ip, addr.port)).collect(),
-            healthy: self.complete && self.observed.is_some() && !self.faults.has(About::Kernel),
+            healthy: self.health_checks.programmed && !self.faults.has(About::Kernel),
         };
         self.health_checks.board.send_if_modified(|known| {
             let news = **known != board;

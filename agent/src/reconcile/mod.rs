@@ -175,7 +175,7 @@ impl Reconciler {
     ) {
         // Listening begins before the first look, so that nothing falls in between.
         self.network.open(&mut self.faults);
-        self.health_checks.serve();
+        self.health_checks.serve(&self.programming);
         let mut told = false;
         let host_ports = self.pods.leases().host_port_news();
         loop {

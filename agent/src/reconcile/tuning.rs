@@ -102,8 +102,9 @@ impl Tunings {
 
     /// Another configuration. What it no longer asks for stays as it is until `cleanup`.
     pub(super) fn set(&mut self, config: &Config) {
+        let same = self.estimation == config.estimation;
         self.asked = Tuning {
-            estimation: self.asked.estimation,
+            estimation: self.asked.estimation.filter(|_| same),
             bridged: self.asked.bridged,
             ..config.kube_proxy.tuning.clone()
         };

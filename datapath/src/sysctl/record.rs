@@ -187,8 +187,11 @@ impl Sysctls {
         let mut changed = std::mem::take(&mut content.changed);
         // Who restores has set them.
         changed.retain(|one| one.key != TIMEOUTS);
-        let (needed, changed): (Vec<_>, Vec<_>) =
-            changed.into_iter().partition(|one| is_needed(&one.key));
+        // What goes with a setting that stays waits for it.
+        let stays = changed.iter().any(|one| is_needed(&one.key));
+        let (needed, changed): (Vec<_>, Vec<_>) = changed
+            .into_iter()
+            .partition(|one| is_needed(&one.key) || (stays && one.before == one.value));
         let mut problems = Vec::new();
         // All are read before one is written, for one may change another.
         let present: Vec<io::Result<String>> = changed
@@ -339,6 +342,11 @@ mod tests {
         let changed = place.sysctls.changed().unwrap();
         assert_eq!(changed.len(), 1, "{changed:?}");
         assert_eq!(place.sysctls.content().unwrap().changed.len(), 3);
+        // Pods are there still: all of it waits.
+        let for_pods = |key: &str| key == forward;
+        assert_eq!(place.sysctls.restore(for_pods), Vec::<String>::new());
+        assert_eq!(place.sysctls.content().unwrap().changed.len(), 3);
+        assert_eq!(place.get(forward), "1");
         assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
         assert_eq!(place.get(forward), "0");
         assert_eq!((&*place.get(device), &*place.get(redirects)), ("1", "0"));

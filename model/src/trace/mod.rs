@@ -418,6 +418,9 @@ impl<'a> Walk<'a> {
         let to = self.question.to;
         let mut scope = Scope::default();
         scope.insert(to);
+        for frontend in self.view.desired().lingering(to.ip) {
+            scope.insert(frontend);
+        }
         scope
             .marked
             .extend(self.view.desired().mark(&to).map(|mark| ServiceKey::Mark {

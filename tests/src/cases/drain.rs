@@ -1,9 +1,11 @@
 //! Backends that leave: connections live on, end when nobody is behind them, and flows of
 //! UDP move to another backend.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
@@ -170,6 +172,44 @@ pub(super) fn a_connection_outlives_its_endpoint(context: &mut Context) -> anyho
     scene.only("two")
 }
 
+/// Of a client that has said everything and waits for the rest of the answer, IPVS counts no
+/// active connection.
+pub(super) fn a_half_closed_connection_goes_on(context: &mut Context) -> anyhow::Result<()> {
+    let node = world::started_node(context)?;
+    let pod = Pod::added(context, &node, "slow")?;
+    let other = Backend::create(context, &node, "other")?;
+    let client = Pod::added(context, &node, "client")?;
+    node.write_manifest("web.yaml", &world::service("web", 10, 80))?;
+    for (ip, vip) in pod.ips().iter().zip(world::vips(10)) {
+        let at = SocketAddr::new(*ip, world::TARGET);
+        let listener = pod.netns().run(|| Ok(TcpListener::bind(at)?))?;
+        node.write_manifest("web-slices.yaml", &world::slices("web", &[&pod])?)?;
+        let weight = |weight: &str| format!("-> {at} Masq {weight}\n");
+        let tcp = |table: &str| table.split("\nUDP").next().unwrap_or_default().to_owned();
+        world::wait_for_ipvs(&node, "the slow one", |t| tcp(t).contains(&weight("1")))?;
+        let to = SocketAddr::new(vip, 80);
+        let mut asked = client
+            .netns()
+            .run(|| Ok(TcpStream::connect_timeout(&to, ANSWER)?))?;
+        asked.set_read_timeout(Some(ANSWER))?;
+        let (mut answering, _) = listener.accept()?;
+        answering.set_read_timeout(Some(ANSWER))?;
+        asked.shutdown(Shutdown::Write)?;
+        ensure!(answering.read(&mut [0])? == 0, "the client has ended");
+        node.write_manifest("web-slices.yaml", &world::slices("web", &[&other.pod])?)?;
+        world::wait_for_ipvs(&node, "its leaving", |t| tcp(t).contains(&weight("0")))?;
+        // Several counts.
+        thread::sleep(Duration::from_secs(12));
+        answering.write_all(b"late\n")?;
+        let mut answer = [0; 5];
+        asked.read_exact(&mut answer).context("the late answer")?;
+        ensure!(&answer == b"late\n", "{answer:?}");
+        drop((answering, asked));
+        world::wait_for_ipvs(&node, "its end", |t| !tcp(t).contains(&at.to_string()))?;
+    }
+    Ok(())
+}
+
 /// Of a Service without endpoints, and of one that is deleted: old connections live on, new
 /// ones are refused at once.
 pub(super) fn the_last_backend_keeps_its_connections(context: &mut Context) -> anyhow::Result<()> {
@@ -247,7 +287,7 @@ pub(super) fn connections_end_with_who_is_behind_them(context: &mut Context) -> 
     scene.list(&[(&scene.one, ENDING), (&scene.two, READY)])?;
     scene.wait_for_weight(&scene.one, Some(0))?;
     // Longer than the bound, which does not count while a slice has it.
-    std::thread::sleep(Duration::from_secs(6));
+    thread::sleep(Duration::from_secs(6));
     live(&mut connections, "one")?;
     scene.list(&[(&scene.two, READY)])?;
     scene.wait_for_weight(&scene.one, None)?;
@@ -308,14 +348,22 @@ pub(super) fn a_flow_of_udp_moves(context: &mut Context) -> anyhow::Result<()> {
             world::wait_for_ipvs(&scene.node, "the change", |table| {
                 // The new one comes first, and the old one goes last.
                 let has = |part: &str, of: &Backend| {
-                    let mut servers = of.pod.ips().iter().map(|ip| SocketAddr::new(*ip, world::TARGET));
+                    let mut servers = of
+                        .pod
+                        .ips()
+                        .iter()
+                        .map(|ip| SocketAddr::new(*ip, world::TARGET));
                     servers.any(|server| part.contains(&format!("-> {server} ")))
                 };
-                let other = if name == "one" { &scene.two } else { &scene.one };
+                let other = if name == "one" {
+                    &scene.two
+                } else {
+                    &scene.one
+                };
                 let moved = |udp: &&str| has(udp, listed) && !has(udp, other);
                 table.split("\nUDP").skip(1).filter(moved).count() == 2
             })?;
-            std::thread::sleep(Duration::from_secs(1));
+            thread::sleep(Duration::from_secs(1));
             over.store(true, Ordering::Relaxed);
             let outcome = asking.join().map_err(|_| anyhow!("the client panicked"))?;
             let (count, lost): (usize, usize) = outcome.and_then(|inner| inner)?;
@@ -343,7 +391,7 @@ pub(super) fn a_flow_of_udp_moves(context: &mut Context) -> anyhow::Result<()> {
 /// drain, the end of connections to a lost node, of affinity, and of a flow of UDP.
 pub(super) fn time_outs_at_their_length(context: &mut Context) -> anyhow::Result<()> {
     let scene = Scene::build(context, "")?;
-    let sleep = |seconds| std::thread::sleep(Duration::from_secs(seconds));
+    let sleep = |seconds| thread::sleep(Duration::from_secs(seconds));
     let mut connections = scene.connections()?;
     scene.list(&[(&scene.two, READY)])?;
     scene.wait_for_weight(&scene.one, Some(0))?;

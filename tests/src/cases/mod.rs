@@ -323,6 +323,11 @@ fn leaving() -> Vec<Test> {
             drain::a_connection_outlives_its_endpoint,
         ),
         ipvs(
+            "drain/a-half-closed-connection-goes-on",
+            10,
+            drain::a_half_closed_connection_goes_on,
+        ),
+        ipvs(
             "drain/the-last-backend-keeps-its-connections",
             10,
             drain::the_last_backend_keeps_its_connections,
@@ -544,7 +549,9 @@ mod tests {
         }
         let scenarios = |tests: &[Test]| {
             let names = tests.iter().map(|test| test.name);
-            names.filter(|name| name.starts_with(scenario::PREFIX)).count()
+            names
+                .filter(|name| name.starts_with(scenario::PREFIX))
+                .count()
         };
         let (whole, short) = (scenarios(&all), scenarios(&for_a_short_run(all)));
         assert_eq!(short, whole.div_ceil(2));
