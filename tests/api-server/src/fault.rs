@@ -131,7 +131,12 @@ pub(crate) fn spoil(mut body: Body, fault: Option<Fault>, patience: Option<Durat
             };
             if done || bytes.len() <= left {
                 left = left.saturating_sub(bytes.len());
-                for bytes in [Some(bytes), held.take()].into_iter().flatten() {
+                let mut parts = [Some(bytes), held.take()];
+                // Behind the end of a list would be an object that the list lacks.
+                if parts[0].as_deref().is_some_and(ends_a_list) {
+                    parts.reverse();
+                }
+                for bytes in parts.into_iter().flatten() {
                     if out.send(Part::Bytes(bytes)).await.is_err() {
                         return;
                     }
@@ -150,6 +155,11 @@ pub(crate) fn spoil(mut body: Body, fault: Option<Fault>, patience: Option<Durat
         }
     });
     spoiled
+}
+
+fn ends_a_list(event: &[u8]) -> bool {
+    let mark = b"initial-events-end";
+    event.windows(mark.len()).any(|part| part == mark)
 }
 
 struct Over;
@@ -190,8 +200,9 @@ async fn at(
             out.send(Part::Bytes(garbage)).await?;
             Ok(out.send(Part::Bytes(bytes.slice(left..))).await?)
         }
-        // Each event is a part of its own.
-        Fault::Cut(_) => Ok(out.send(Part::Bytes(Bytes::from_static(b"\n"))).await?),
+        // Each event is a part of its own. Something is left of it: an event that is not
+        // there at all is none that was cut off, and nobody could know of it.
+        Fault::Cut(_) => Ok(out.send(Part::Bytes(Bytes::from_static(b"{\n"))).await?),
         Fault::Status(..) | Fault::Silent | Fault::Late(_) | Fault::Swap(_) => Ok(()),
     }
 }

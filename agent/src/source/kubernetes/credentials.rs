@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 use hyper::Uri;
 use kube_client::Config;
-use kube_client::config::{KubeConfigOptions, Kubeconfig};
+use kube_client::config::{Cluster, Context, KubeConfigOptions, Kubeconfig};
+use rustls::RootCertStore;
+use rustls::pki_types::ServerName;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::failure::chain;
@@ -16,6 +18,9 @@ use crate::plain_file;
 
 /// The name in the certificate of every API server.
 const SERVICE_NAME: &str = "https://kubernetes.default.svc";
+
+/// Stands where a proxy could be named, and is never asked.
+const NO_PROXY: &str = "http://proxy.invalid";
 
 /// Where credentials come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,15 +125,31 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
         wrong(format!("{words}; give a file that kubectl can work with"))
     };
     plain_file::check(path).map_err(|error| wrong(error.to_string()))?;
-    let kubeconfig = Kubeconfig::read_from(path).map_err(|error| words(&error))?;
+    let mut kubeconfig = Kubeconfig::read_from(path).map_err(|error| words(&error))?;
     for (field, path) in files(&kubeconfig) {
         plain_file::check(Path::new(path))
             .map_err(|error| wrong(format!("{field} {path}: {error}")))?;
     }
+    if let Some(user) = missing_user(&kubeconfig) {
+        return Err(wrong(format!(
+            "contexts: the current one names the user {user:?}, who is not among users; add the \
+             user, or correct the name"
+        )));
+    }
+    let mut proxied = false;
+    if let Some(cluster) = current_cluster(&mut kubeconfig) {
+        // Any proxy that is named here keeps the client from reading HTTPS_PROXY, which is
+        // meant for others and may be nonsense.
+        let proxy = cluster.proxy_url.replace(NO_PROXY.to_owned());
+        proxied = proxy.is_some();
+        // A password is not sent, and has no place in logs.
+        cluster.server = cluster.server.as_deref().map(without_user);
+    }
     let options = KubeConfigOptions::default();
-    let mut config = Config::from_custom_kubeconfig(kubeconfig.clone(), &options)
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, &options)
         .await
         .map_err(|error| words(&error))?;
+    config.proxy_url = None;
     let user = &config.auth_info;
     if user.exec.is_some() || user.auth_provider.is_some() {
         return Err(wrong(
@@ -137,7 +158,7 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
                 .to_owned(),
         ));
     }
-    if has_proxy(&kubeconfig) {
+    if proxied {
         return Err(wrong(
             "it has a proxy-url, and the agent asks API servers directly; remove it".to_owned(),
         ));
@@ -166,9 +187,76 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
             "server: {server} is no URL with https; write it like https://192.0.2.1:6443"
         )));
     }
-    // The environment's proxy is meant for others.
-    config.proxy_url = None;
+    check_tls(&config).map_err(wrong)?;
     Ok(config)
+}
+
+/// What would otherwise be found by the client, which knows neither file nor field.
+fn check_tls(config: &Config) -> Result<(), String> {
+    let user = &config.auth_info;
+    let certificate = user.client_certificate.is_some() || user.client_certificate_data.is_some();
+    let key = user.client_key.is_some() || user.client_key_data.is_some();
+    if certificate != key {
+        let (there, missing) = if certificate {
+            ("client-certificate", "client-key")
+        } else {
+            ("client-key", "client-certificate")
+        };
+        return Err(format!(
+            "its user has {there} and no {missing}; give both or none"
+        ));
+    }
+    if let Some(certificates) = &config.root_cert {
+        let mut store = RootCertStore::empty();
+        let sound = certificates
+            .iter()
+            .all(|certificate| store.add(certificate.as_slice().into()).is_ok());
+        if store.is_empty() || !sound {
+            return Err(
+                "certificate-authority, or certificate-authority-data, holds no certificate, or \
+                 one that cannot be read; give the authority's certificate as PEM"
+                    .to_owned(),
+            );
+        }
+    }
+    if let Some(name) = &config.tls_server_name
+        && ServerName::try_from(name.as_str()).is_err()
+    {
+        return Err(format!(
+            "tls-server-name: {name:?} is no name that a certificate can have; correct or remove it"
+        ));
+    }
+    Ok(())
+}
+
+/// The current context.
+fn current_context(kubeconfig: &Kubeconfig) -> Option<&Context> {
+    let mut contexts = kubeconfig.contexts.iter();
+    let context = contexts.find(|named| Some(&named.name) == kubeconfig.current_context.as_ref());
+    context?.context.as_ref()
+}
+
+/// The user of the current context, if there is none of this name.
+fn missing_user(kubeconfig: &Kubeconfig) -> Option<&str> {
+    let user = current_context(kubeconfig)?.user.as_deref()?;
+    let known = kubeconfig.auth_infos.iter().any(|named| named.name == user);
+    (!known && !user.is_empty()).then_some(user)
+}
+
+/// The cluster of the current context.
+fn current_cluster(kubeconfig: &mut Kubeconfig) -> Option<&mut Cluster> {
+    let name = current_context(kubeconfig)?.cluster.clone();
+    let mut clusters = kubeconfig.clusters.iter_mut();
+    let cluster = clusters.find(|named| named.name == name);
+    cluster?.cluster.as_mut()
+}
+
+/// A URL without user and password.
+pub(super) fn without_user(url: &str) -> String {
+    let (scheme, rest) = url.split_at(url.find("://").map_or(0, |colon| colon + 3));
+    let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
+    let host = authority.rfind('@').map_or(0, |at| at + 1);
+    format!("{scheme}{}", &rest[host..])
 }
 
 /// The files that a kubeconfig names and that are read with it, each with its field.
@@ -193,17 +281,6 @@ fn files(kubeconfig: &Kubeconfig) -> impl Iterator<Item = (&'static str, &String
     authorities.chain(own)
 }
 
-/// Whether the cluster of the current context is behind a proxy.
-fn has_proxy(kubeconfig: &Kubeconfig) -> bool {
-    let mut contexts = kubeconfig.contexts.iter();
-    let context = contexts.find(|named| Some(&named.name) == kubeconfig.current_context.as_ref());
-    let name = context.and_then(|named| Some(&named.context.as_ref()?.cluster));
-    let mut clusters = kubeconfig.clusters.iter();
-    let cluster = clusters.find(|named| Some(&named.name) == name);
-    let cluster = cluster.and_then(|named| named.cluster.as_ref());
-    cluster.is_some_and(|cluster| cluster.proxy_url.is_some())
-}
-
 /// A token as it stands in a file, where an editor may have added the end of a line.
 fn token(bytes: Vec<u8>) -> Result<SecretString, String> {
     let text = String::from_utf8(bytes).map_err(|_| "the token is no text".to_owned())?;
@@ -219,6 +296,7 @@ fn token(bytes: Vec<u8>) -> Result<SecretString, String> {
 /// # Errors
 /// In words with a remedy.
 pub(crate) fn url(address: &str, encrypted: bool) -> Result<Uri, String> {
+    let address = &*without_user(address);
     let wrong =
         |why: &str| format!("apiServer: {address:?} {why}; write it like https://192.0.2.1:6443");
     let url: Uri = address.parse().map_err(|_| wrong("is no URL"))?;

@@ -80,6 +80,14 @@ impl Failure {
         )
     }
 
+    /// Whether another server may do better.
+    pub(crate) fn is_of_server(&self) -> bool {
+        match self.cause {
+            Cause::Unreachable | Cause::Untrusted | Cause::TooNew | Cause::Nonsense => true,
+            Cause::Refused(code) => !code.is_client_error() || self.asks_for_credentials(),
+        }
+    }
+
     /// Whether it may be the fault of the version from which a watch was asked
     /// for. A server that is away, or busy, or does not know us says nothing about
     /// versions; were everything listed anew after each outage, every node would

@@ -100,7 +100,8 @@ fn say(kind: Kind, before: Option<&State>, now: &State) {
     let news = now.unreadable.iter().filter(|(name, words)| {
         before.is_none_or(|state| state.unreadable.get(name) != Some(words))
     });
-    let mut unnamed = 0_usize;
+    let unnamed_before = before.map_or(0, |state| state.unnamed);
+    let mut unnamed = now.unnamed.saturating_sub(unnamed_before);
     for (index, (name, words)) in news.enumerate() {
         if index < NAMED {
             warn!("{kind} {name}: {words}; its last good state stays in use");
@@ -138,7 +139,7 @@ fn report(states: &BTreeMap<Kind, State>) -> Report {
                 since: None,
             }
         }));
-        let unnamed = state.unreadable.len().saturating_sub(NAMED);
+        let unnamed = state.unreadable.len().saturating_sub(NAMED) + state.unnamed;
         report.troubles.extend((unnamed > 0).then(|| Trouble {
             object: kind.to_string(),
             problem: format!("{unnamed} more cannot be read; their last good states stay in use"),

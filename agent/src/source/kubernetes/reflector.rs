@@ -14,7 +14,7 @@ use ferrule_model::kube::{Kind, ObjectKey};
 use ferrule_model::names::ObjectName;
 use hyper::StatusCode;
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant as Clock, sleep, timeout};
 use tracing::{debug, info};
 
 use super::failure::{Cause, Failure};
@@ -29,6 +29,9 @@ const PAGE: usize = 500;
 /// most; a server that goes on is none.
 const MOST_PAGES: usize = 10_000;
 const MOST_OBJECTS: usize = 1_000_000;
+
+/// Most objects that cannot be read and are kept with the reason; others are counted.
+pub(super) const MOST_UNREADABLE: usize = 1000;
 
 /// How long a watch lasts before it is asked for anew: so a connection that is
 /// dead at the other end does not go unnoticed for long.
@@ -45,6 +48,10 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::fro
 
 /// Longest that a server may ask to be left alone.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_mins(2);
+
+/// How long pages are asked for after a streaming list failed. Lists are rare, and a
+/// server that is updated, or another one, may well do it later.
+const PAGES: Duration = Duration::from_mins(10);
 
 /// How long a server without the kind is not asked again.
 const UNKNOWN_KIND: Duration = Duration::from_mins(10);
@@ -94,15 +101,19 @@ pub(super) struct State {
     pub(super) away: Option<Away>,
     /// Objects that cannot be read, and why.
     pub(super) unreadable: BTreeMap<ObjectName, String>,
+    /// How many more there are.
+    pub(super) unnamed: usize,
 }
 
-/// Whether the server can list by watching.
+/// Whether lists are asked for by watching.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Streaming {
-    Unknown,
-    /// It did so, and then failed so many times in a row.
+    /// Nobody knows whether a server does so; it failed so many times in a row.
+    Unknown(u32),
+    /// A server did so, and then failed so many times in a row.
     Yes(u32),
-    No,
+    /// Pages are asked for until then.
+    No(Clock),
 }
 
 /// What ended a list or a watch before its time.
@@ -114,7 +125,7 @@ enum Broken {
     Gone,
     /// The server does not have the kind.
     NoSuchKind(Failure),
-    /// It seems not to list by watching.
+    /// It does not list by watching, or seems not to: pages may do better.
     NotStreamed(Failure),
     /// Nobody listens to us any more.
     Unheard,
@@ -141,25 +152,23 @@ pub(super) struct Reflector {
     out: mpsc::Sender<News>,
     /// What the receiver was told of, by name.
     known: BTreeSet<ObjectName>,
+    /// What cannot be read, beyond what the state has.
+    unnamed: BTreeSet<ObjectName>,
+    /// Most objects of a list.
+    most: usize,
+    /// Something of the list found no room beside what is known.
+    passed_over: bool,
     /// The version up to which everything was told.
     version: Option<String>,
     streaming: Streaming,
     /// Whether lists are asked for page by page.
     paging: bool,
+    /// Lists work and watches do not, so that a list alone ends no outage.
+    doubted: bool,
     state: State,
     told: State,
     events: Vec<Event>,
     seen: Instant,
-}
-
-/// Whether a list is one that a cluster can have.
-fn bounded(fresh: &BTreeSet<ObjectName>) -> Result<(), Failure> {
-    if fresh.len() <= MOST_OBJECTS {
-        return Ok(());
-    }
-    Err(Failure::nonsense(format!(
-        "a list of more than {MOST_OBJECTS} objects"
-    )))
 }
 
 impl Reflector {
@@ -169,14 +178,25 @@ impl Reflector {
             servers,
             out,
             known: BTreeSet::new(),
+            unnamed: BTreeSet::new(),
+            most: MOST_OBJECTS,
+            passed_over: false,
             version: None,
-            streaming: Streaming::Unknown,
+            streaming: Streaming::Unknown(0),
             paging: true,
+            doubted: false,
             state: State::default(),
             told: State::default(),
             events: Vec::new(),
             seen: Instant::now(),
         }
+    }
+
+    /// One for a cluster of few objects.
+    #[cfg(test)]
+    pub(super) fn of_at_most(mut self, most: usize) -> Self {
+        self.most = most;
+        self
     }
 
     /// Follows until nobody listens.
@@ -201,9 +221,14 @@ impl Reflector {
             }
             let wait = match outcome {
                 Ok(()) => {
-                    self.state.away = None;
-                    if moved || began.elapsed() >= BACKOFF.0 {
-                        pause = BACKOFF.0;
+                    let worked = moved || began.elapsed() >= BACKOFF.0;
+                    if !self.doubted {
+                        self.state.away = None;
+                        if worked {
+                            pause = BACKOFF.0;
+                        }
+                    }
+                    if worked {
                         Duration::ZERO
                     } else {
                         // A server that ends every watch at once is not asked in a circle.
@@ -213,12 +238,10 @@ impl Reflector {
                 Err(Broken::Unheard) => return,
                 Err(Broken::Gone) => {
                     debug!(kind = %self.kind, "the watch is too old, everything is listed anew");
-                    if self.version.take().is_none() {
-                        // Within a list: pages that outlive their state. All at once, then.
-                        self.paging = false;
-                    }
+                    self.version = None;
                     gone = gone.saturating_add(1);
                     if gone >= STUCK {
+                        self.doubted = true;
                         let before = self.state.away.take();
                         self.state.away = Some(Away {
                             since: before.map_or_else(now, |away| away.since),
@@ -240,7 +263,7 @@ impl Reflector {
                     if self.finish_list(&BTreeSet::new(), None).await.is_err() {
                         return;
                     }
-                    self.state.away = None;
+                    self.works();
                     UNKNOWN_KIND
                 }
                 Err(
@@ -252,6 +275,7 @@ impl Reflector {
                     if failures >= STUCK && self.version.is_some() {
                         failures = 0;
                         self.version = None;
+                        self.doubted = true;
                     }
                     let before = self.state.away.take();
                     self.state.away = Some(Away {
@@ -271,30 +295,43 @@ impl Reflector {
     }
 
     async fn list(&mut self) -> Result<(), Broken> {
-        if self.streaming != Streaming::No {
-            match self.list_streaming().await {
-                Err(Broken::NotStreamed(failure)) => {
-                    debug!(kind = %self.kind, "no streaming list: {}", failure.words);
-                    self.streaming = match self.streaming {
-                        // Another server may be asked by now, or it was not its day.
-                        Streaming::Yes(failures)
-                            if failures + 1 < STUCK && !is_refusal(failure.cause) =>
-                        {
-                            Streaming::Yes(failures + 1)
-                        }
-                        Streaming::Yes(_) | Streaming::Unknown | Streaming::No => Streaming::No,
-                    };
-                    if self.streaming != Streaming::No {
-                        return Err(Broken::Failed(failure));
-                    }
-                }
-                other => return other,
+        self.passed_over = false;
+        let (known, failures) = match self.streaming {
+            Streaming::No(until) if Clock::now() < until => return self.list_pages().await,
+            Streaming::No(_) => (false, 0),
+            Streaming::Unknown(failures) => (false, failures),
+            Streaming::Yes(failures) => (true, failures),
+        };
+        let (failure, at_once) = match self.list_streaming().await {
+            Ok((frames, asked)) => {
+                // The same stream goes on as the watch.
+                self.streaming = Streaming::Yes(0);
+                return self.follow(frames, asked).await;
             }
+            Err(Broken::NotStreamed(failure)) => {
+                // What breaks off where it worked once may have had a bad day.
+                let at_once = !known || matches!(failure.cause, Cause::Refused(_));
+                (failure, at_once)
+            }
+            Err(Broken::Failed(failure)) => (failure, false),
+            Err(other) => return Err(other),
+        };
+        debug!(kind = %self.kind, "no streaming list: {}", failure.words);
+        self.streaming = match failures + 1 {
+            _ if at_once => Streaming::No(Clock::now() + PAGES),
+            STUCK.. => Streaming::No(Clock::now() + PAGES),
+            failures if known => Streaming::Yes(failures),
+            failures => Streaming::Unknown(failures),
+        };
+        if at_once {
+            self.list_pages().await
+        } else {
+            Err(Broken::Failed(failure))
         }
-        self.list_pages().await
     }
 
-    async fn list_streaming(&mut self) -> Result<(), Broken> {
+    /// Lists by watching. Returns the stream, of which the list was the beginning.
+    async fn list_streaming(&mut self) -> Result<(Frames, Asked), Broken> {
         let path = format!(
             "{}?watch=true&allowWatchBookmarks=true&sendInitialEvents=true\
              &resourceVersionMatch=NotOlderThan&timeoutSeconds={}",
@@ -305,86 +342,100 @@ impl Reflector {
         // refuses them, or never says that the list is whole.
         let (body, asked) = match self.servers.get(&path).await {
             Err(failure) if is_refusal(failure.cause) => return Err(Broken::NotStreamed(failure)),
-            other => other?,
+            Err(failure) => return Err(Broken::Failed(failure)),
+            Ok(answer) => answer,
         };
         let mut frames = Frames::new(body);
         let mut fresh = BTreeSet::new();
         let began = Instant::now();
         loop {
-            if began.elapsed() > LONGEST_LIST {
+            let line = if began.elapsed() > LONGEST_LIST {
                 let words = format!("a list that is not whole after {LONGEST_LIST:?}");
-                let failure = self.servers.broke_off(&asked, Failure::nonsense(words));
-                return Err(Broken::NotStreamed(failure));
-            }
-            let line = match frames.next(STREAMING_SILENCE).await {
-                Ok(Some(line)) => line,
-                Ok(None) => {
-                    let words = "the list ended before it was whole".to_owned();
-                    let failure = asked.named(Failure::new(Cause::Unreachable, words));
-                    return Err(Broken::NotStreamed(failure));
-                }
-                Err(failure) => {
-                    let failure = self.servers.broke_off(&asked, failure);
-                    return Err(Broken::NotStreamed(failure));
-                }
+                Err(Failure::nonsense(words))
+            } else {
+                frames.next(STREAMING_SILENCE).await
             };
-            match wire::frame(self.kind, &line)
-                .map_err(|words| Broken::NotStreamed(asked.named(Failure::nonsense(words))))?
-            {
-                Frame::Applied(item) => {
+            let frame = line.and_then(|line| {
+                let Some(line) = line else {
+                    let words = "the list ended before it was whole".to_owned();
+                    return Err(Failure::new(Cause::Unreachable, words));
+                };
+                wire::frame(self.kind, &line).map_err(Failure::nonsense)
+            });
+            let failure = match frame {
+                Ok(Frame::Applied(item)) => {
                     fresh.insert(item.key.name.clone());
                     self.applied(item).await?;
-                    bounded(&fresh).map_err(|failure| Broken::NotStreamed(asked.named(failure)))?;
+                    match self.bounded(fresh.len()) {
+                        Ok(()) => continue,
+                        Err(failure) => failure,
+                    }
                 }
-                Frame::Deleted(item) => {
+                Ok(Frame::Deleted(item)) => {
                     fresh.remove(&item.key.name);
                     self.deleted(item.key.name).await?;
+                    continue;
                 }
-                Frame::Bookmark {
+                Ok(Frame::Bookmark {
                     resource_version,
                     initial_end: true,
-                } => {
-                    self.streaming = Streaming::Yes(0);
+                }) => {
                     self.finish_list(&fresh, Some(resource_version)).await?;
-                    // The same stream goes on as the watch.
-                    return self.follow(frames, asked).await;
+                    return Ok((frames, asked));
                 }
-                Frame::Bookmark { .. } => {}
-                Frame::Error(status) => return Err(of_status(&status)),
-            }
+                Ok(Frame::Bookmark { .. }) => continue,
+                Ok(Frame::Error(status)) => of_status(&status),
+                Err(failure) => failure,
+            };
+            let failure = self.servers.broke_off(&asked, failure);
+            return Err(Broken::NotStreamed(failure));
         }
     }
 
     async fn list_pages(&mut self) -> Result<(), Broken> {
         let mut fresh = BTreeSet::new();
         let mut next: Option<String> = None;
-        for _ in 0..MOST_PAGES {
+        let mut pages = 0;
+        loop {
             let limit = self.paging.then(|| format!("limit={PAGE}"));
             let token = next
                 .as_ref()
                 .map(|token| format!("continue={}", escape(token)));
             let query: Vec<String> = limit.into_iter().chain(token).collect();
             let path = format!("{}?{}", path(self.kind), query.join("&"));
-            let (body, asked) = self.servers.get(&path).await?;
-            let body = match whole(body).await {
-                Ok(body) => body,
+            let (body, asked) = match self.servers.get(&path).await {
                 Err(failure) => {
-                    let failure = self.servers.broke_off(&asked, failure);
-                    return Err(Broken::Failed(failure));
+                    if failure.cause == Cause::Refused(StatusCode::GONE) {
+                        // Pages that outlive their state. All at once, then.
+                        self.paging = false;
+                    }
+                    return Err(failure.into());
                 }
+                Ok(answer) => answer,
             };
-            let page = wire::page(self.kind, &body)
-                .map_err(|words| Broken::Failed(asked.named(Failure::nonsense(words))))?;
-            drop(body);
+            let page = whole(body).await;
+            let page =
+                page.and_then(|body| wire::page(self.kind, &body).map_err(Failure::nonsense));
+            let page = match page {
+                Ok(page) => page,
+                Err(failure) => return Err(self.broke_off(&asked, failure)),
+            };
             for item in page.items {
                 fresh.insert(item.key.name.clone());
                 self.applied(item).await?;
             }
-            bounded(&fresh).map_err(|failure| Broken::Failed(asked.named(failure)))?;
+            if let Err(failure) = self.bounded(fresh.len()) {
+                return Err(self.broke_off(&asked, failure));
+            }
+            pages += 1;
             match page.next {
                 Some(token) if Some(&token) == next.as_ref() => {
                     let words = "a page of the list is its own next page".to_owned();
-                    return Err(Broken::Failed(Failure::nonsense(words)));
+                    return Err(self.broke_off(&asked, Failure::nonsense(words)));
+                }
+                Some(_) if pages >= MOST_PAGES => {
+                    let words = format!("a list of more than {MOST_PAGES} pages");
+                    return Err(self.broke_off(&asked, Failure::nonsense(words)));
                 }
                 Some(token) => next = Some(token),
                 None => {
@@ -393,8 +444,11 @@ impl Reflector {
                 }
             }
         }
-        let words = format!("a list of more than {MOST_PAGES} pages");
-        Err(Broken::Failed(Failure::nonsense(words)))
+    }
+
+    /// Takes in that a server did not bring its answer to a good end.
+    fn broke_off(&self, asked: &Asked, failure: Failure) -> Broken {
+        self.servers.broke_off(asked, failure).into()
     }
 
     /// What was known and is not in a whole list is gone.
@@ -408,12 +462,21 @@ impl Reflector {
             self.deleted(name).await?;
         }
         self.state.unreadable.retain(|name, _| fresh.contains(name));
+        self.unnamed.retain(|name| fresh.contains(name));
+        self.state.unnamed = self.unnamed.len();
+        if self.passed_over {
+            // What is gone has made room.
+            let words = "lists that broke off had too many objects".to_owned();
+            return Err(Broken::Failed(Failure::nonsense(words)));
+        }
         self.version = version;
         if !self.state.listed {
             info!(kind = %self.kind, objects = fresh.len(), "listed");
         }
         self.state.listed = true;
-        self.state.away = None;
+        if !self.doubted {
+            self.state.away = None;
+        }
         self.flush().await
     }
 
@@ -438,8 +501,9 @@ impl Reflector {
             // A server that answers and breaks off is away still; one that has nothing to
             // tell is not.
             let next = if self.state.away.is_some() {
-                let Ok(next) = timeout(SETTLED, frames.next(longest)).await else {
-                    self.state.away = None;
+                let settled = if self.doubted { LASTING } else { SETTLED };
+                let Ok(next) = timeout(settled, frames.next(longest)).await else {
+                    self.works();
                     continue;
                 };
                 next
@@ -449,15 +513,20 @@ impl Reflector {
             let line = match next {
                 Ok(Some(line)) => line,
                 Ok(None) => return Ok(()),
-                Err(failure) => {
-                    let failure = self.servers.broke_off(&asked, failure);
-                    return Err(Broken::Failed(failure));
-                }
+                Err(failure) => return Err(self.broke_off(&asked, failure)),
             };
-            let frame = wire::frame(self.kind, &line)
-                .map_err(|words| Broken::Failed(asked.named(Failure::nonsense(words))))?;
+            let frame = match wire::frame(self.kind, &line) {
+                Ok(frame) => frame,
+                Err(words) => return Err(self.broke_off(&asked, Failure::nonsense(words))),
+            };
+            if let Frame::Applied(item) = &frame
+                && !self.known.contains(&item.key.name)
+                && let Err(failure) = self.bounded(self.known.len() + 1)
+            {
+                return Err(self.broke_off(&asked, failure));
+            }
             if !matches!(frame, Frame::Error(_)) {
-                self.state.away = None;
+                self.works();
             }
             match frame {
                 Frame::Applied(Item {
@@ -486,9 +555,15 @@ impl Reflector {
                 Frame::Bookmark {
                     resource_version, ..
                 } => self.version = Some(resource_version),
-                Frame::Error(status) => return Err(of_status(&status)),
+                Frame::Error(status) => return Err(self.broke_off(&asked, of_status(&status))),
             }
         }
+    }
+
+    /// A watch does its work.
+    fn works(&mut self) {
+        self.doubted = false;
+        self.state.away = None;
     }
 
     /// Whether a version comes before the one up to which everything was told.
@@ -501,24 +576,56 @@ impl Reflector {
         }
     }
 
+    /// Whether a cluster can have so many objects.
+    fn bounded(&self, objects: usize) -> Result<(), Failure> {
+        if objects <= self.most {
+            return Ok(());
+        }
+        let words = format!("more than {} objects", self.most);
+        Err(Failure::nonsense(words))
+    }
+
     async fn applied(&mut self, item: Item) -> Result<(), Broken> {
         let name = item.key.name;
         match item.object {
             Ok(object) => {
-                self.state.unreadable.remove(&name);
+                self.forget_unreadable(&name);
+                // What a list that broke off made known is there until one is whole,
+                // and each one may have made up other names.
+                if self.known.len() >= 2 * self.most && !self.known.contains(&name) {
+                    self.passed_over = true;
+                    return Ok(());
+                }
                 self.known.insert(name);
                 self.tell(Event::Applied(object)).await
             }
             // Its last good state stays.
             Err(words) => {
-                self.state.unreadable.insert(name, shortened(words));
+                self.unreadable(name, words);
                 Ok(())
             }
         }
     }
 
+    fn unreadable(&mut self, name: ObjectName, words: String) {
+        let named = &mut self.state.unreadable;
+        if named.len() < MOST_UNREADABLE || named.contains_key(&name) {
+            self.unnamed.remove(&name);
+            named.insert(name, shortened(words));
+        } else if self.unnamed.len() < self.most {
+            self.unnamed.insert(name);
+        }
+        self.state.unnamed = self.unnamed.len();
+    }
+
+    fn forget_unreadable(&mut self, name: &ObjectName) {
+        self.state.unreadable.remove(name);
+        self.unnamed.remove(name);
+        self.state.unnamed = self.unnamed.len();
+    }
+
     async fn deleted(&mut self, name: ObjectName) -> Result<(), Broken> {
-        self.state.unreadable.remove(&name);
+        self.forget_unreadable(&name);
         if !self.known.remove(&name) {
             return Ok(());
         }
@@ -552,19 +659,26 @@ impl Reflector {
     }
 }
 
-/// Whether a server refuses parameters that it does not know, or does not serve.
+/// Whether a server refuses parameters that it does not know or does not serve, or
+/// the verb `watch`.
 fn is_refusal(cause: Cause) -> bool {
     matches!(
         cause,
-        Cause::Refused(StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY)
+        Cause::Refused(
+            StatusCode::BAD_REQUEST
+                | StatusCode::FORBIDDEN
+                | StatusCode::NOT_FOUND
+                | StatusCode::METHOD_NOT_ALLOWED
+                | StatusCode::GONE
+                | StatusCode::UNPROCESSABLE_ENTITY
+                | StatusCode::NOT_IMPLEMENTED
+        )
     )
 }
 
-fn of_status(status: &wire::Status) -> Broken {
-    if status.code == StatusCode::GONE.as_u16() || status.reason == "Expired" {
-        return Broken::Gone;
-    }
+fn of_status(status: &wire::Status) -> Failure {
     let cause = match StatusCode::from_u16(status.code) {
+        _ if status.reason == "Expired" => Cause::Refused(StatusCode::GONE),
         _ if status.is_too_new() => Cause::TooNew,
         Ok(code) => Cause::Refused(code),
         Err(_) => Cause::Nonsense,
@@ -576,7 +690,7 @@ fn of_status(status: &wire::Status) -> Broken {
         ..
     } = status;
     let words = format!("the server gave the watch up: {code} {reason}: {message}");
-    Broken::Failed(Failure::new(cause, words))
+    Failure::new(cause, words)
 }
 
 /// A server's own words may be long, and stand in the log and in `status`.

@@ -19,7 +19,7 @@ use tower::util::option_layer;
 use tower::{BoxError, Layer as _, ServiceExt as _};
 use tracing::{debug, warn};
 
-use super::credentials::{Credentials, url};
+use super::credentials::{Credentials, url, without_user};
 use super::failure::{Cause, Failure, chain};
 use super::stream::whole;
 use super::wire;
@@ -96,7 +96,7 @@ impl Origin {
             let mut config = config.clone();
             config.cluster_url = url(address, encrypted)?;
             config.tls_server_name.clone_from(&name);
-            clients.push((address.clone(), client(&config)?));
+            clients.push((without_user(address), client(&config)?));
         }
         Ok(clients.into())
     }
@@ -177,7 +177,7 @@ impl Servers {
             .await
             .map_err(|failure| self.broke_off(&asked, failure))?;
         serde_json::from_slice(&body)
-            .map_err(|error| asked.named(Failure::nonsense(error.to_string())))
+            .map_err(|error| self.broke_off(&asked, Failure::nonsense(error.to_string())))
     }
 
     /// Has an object created in the collection at a path.
@@ -221,9 +221,7 @@ impl Servers {
             }
             Err(failure) => failure,
         };
-        if !matches!(failure.cause, Cause::Refused(code) if code.is_client_error())
-            || failure.asks_for_credentials()
-        {
+        if failure.is_of_server() {
             self.give_up(clients, index);
         }
         if failure.cause == Cause::Unreachable && self.goes_in_a_circle() {
@@ -241,10 +239,12 @@ impl Servers {
         })
     }
 
-    /// Takes in that a server did not bring its answer to an end. Returns why,
+    /// Takes in that a server did not bring its answer to a good end. Returns why,
     /// with the server's address.
     pub(crate) fn broke_off(&self, asked: &Asked, failure: Failure) -> Failure {
-        self.give_up(&asked.clients, asked.index);
+        if failure.is_of_server() {
+            self.give_up(&asked.clients, asked.index);
+        }
         asked.named(failure)
     }
 
@@ -323,7 +323,7 @@ impl Servers {
 
 impl Asked {
     /// A failure with the server's address.
-    pub(crate) fn named(&self, failure: Failure) -> Failure {
+    fn named(&self, failure: Failure) -> Failure {
         let address = &self.clients[self.index].0;
         Failure {
             words: format!("{address}: {}", failure.words),

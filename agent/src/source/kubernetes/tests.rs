@@ -1,6 +1,7 @@
 //! The source against a server that behaves, and one that does not. Nothing
 //! goes over a network, and time passes as soon as everybody waits for it.
 
+mod nonsense;
 mod order;
 mod secure;
 mod size;
@@ -163,8 +164,11 @@ fn key_of(key: &Key) -> ObjectKey {
 fn truth(server: &ApiServer) -> BTreeMap<ObjectKey, Object> {
     let mut objects = BTreeMap::new();
     for (key, value) in server.objects() {
-        let list = json!({"metadata": {"resourceVersion": "1"}, "items": [value]});
-        let page = wire::page(kind_of(key.resource), list.to_string().as_bytes()).unwrap();
+        let kind = kind_of(key.resource);
+        let list = json!({
+            "kind": format!("{kind}List"), "metadata": {"resourceVersion": "1"}, "items": [value],
+        });
+        let page = wire::page(kind, list.to_string().as_bytes()).unwrap();
         let [item] = page.items.try_into().unwrap();
         objects.insert(item.key, *item.object.unwrap());
     }

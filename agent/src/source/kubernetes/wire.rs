@@ -183,6 +183,10 @@ struct BookmarkMeta {
 /// pass for a list in which everything is missing.
 pub(crate) fn page(kind: Kind, body: &[u8]) -> Result<Page, String> {
     let list: ListBody<'_> = json(body)?;
+    // Any object may have a version and items. Servers always say that theirs is a list.
+    if list.kind.as_deref().is_none_or(str::is_empty) {
+        return Err(format!("kind: is missing in a {kind}List"));
+    }
     is_of_kind(list.kind.as_deref(), &format!("{kind}List"))?;
     let ListMeta {
         resource_version,
@@ -378,7 +382,18 @@ mod tests {
     fn what_is_no_whole_list_of_the_kind_is_none() {
         let meta = r#""metadata": {"resourceVersion": "5"}"#;
         for (body, says) in [
-            (format!("{{{meta}}}"), "items: is missing"),
+            (
+                format!(r#"{{"kind": "ServiceList", {meta}}}"#),
+                "items: is missing",
+            ),
+            (
+                format!(r#"{{"items": [], {meta}}}"#),
+                "kind: is missing in a ServiceList",
+            ),
+            (
+                format!(r#"{{"kind": "", "items": [], {meta}}}"#),
+                "kind: is missing in a ServiceList",
+            ),
             (
                 format!(r#"{{"kind": "PodList", "items": [], {meta}}}"#),
                 "instead of ServiceList",
@@ -420,7 +435,7 @@ mod tests {
     fn a_service_without_a_spec_is_not_read() {
         for spec in ["", r#""spec": null,"#] {
             let body = format!(
-                r#"{{"items": [{{{spec} "metadata": {{"name": "a"}}}}],
+                r#"{{"kind": "ServiceList", "items": [{{{spec} "metadata": {{"name": "a"}}}}],
                     "metadata": {{"resourceVersion": "5"}}}}"#
             );
             let page = page(Kind::Service, body.as_bytes()).unwrap();

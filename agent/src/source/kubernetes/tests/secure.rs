@@ -98,6 +98,75 @@ async fn a_kubeconfig_that_no_client_can_use_is_refused_in_words() {
     }
 }
 
+/// The client would find them later, and would name neither file nor field.
+#[tokio::test]
+async fn faults_of_a_kubeconfig_are_named_with_file_and_field() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    let sound = "https://192.0.2.1:6443";
+    let identity = Authority::new("test").unwrap();
+    let identity = identity.signs(&[NAME], Validity::Now).unwrap();
+    write_identity(folder, &identity);
+    let no_certificate = format!(", certificate-authority-data: {:?}", base64("no PEM"));
+    let pem = "-----BEGIN CERTIFICATE-----\nbm9uZQ==\n-----END CERTIFICATE-----\n";
+    let bad_certificate = format!(", certificate-authority-data: {:?}", base64(pem));
+    for (cluster, user, says) in [
+        (&*no_certificate, "token: x", "certificate-authority-data"),
+        (&*bad_certificate, "token: x", "certificate-authority-data"),
+        (", tls-server-name: ''", "token: x", "tls-server-name: \"\""),
+        (
+            ", tls-server-name: a b",
+            "token: x",
+            "tls-server-name: \"a b\"",
+        ),
+        (
+            "",
+            "client-certificate: client.crt",
+            "client-certificate and no client-key",
+        ),
+        (
+            "",
+            "client-key: client.key",
+            "client-key and no client-certificate",
+        ),
+    ] {
+        let credentials = kubeconfig(folder, sound, cluster, user);
+        let error = credentials.read(false).await.err();
+        let error = error.unwrap_or_else(|| panic!("{cluster} {user}"));
+        assert!(error.contains(says), "{cluster} {user}: {error}");
+        assert!(error.contains("/kubeconfig: "), "{cluster} {user}: {error}");
+    }
+    let credentials = kubeconfig(folder, sound, "", "token: x");
+    let path = folder.join("kubeconfig");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("user: u}", "user: other}")).unwrap();
+    let error = credentials.read(false).await.err().unwrap();
+    assert!(error.contains("the user \"other\""), "{error}");
+    assert!(error.contains("/kubeconfig: "), "{error}");
+}
+
+#[tokio::test]
+async fn a_password_in_a_url_is_not_shown() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    let credentials = kubeconfig(folder, "http://me:pass@word@192.0.2.1:6443", "", "token: x");
+    let servers = Servers::open(&credentials, &[]).await.unwrap();
+    assert_eq!(servers.addresses(), "http://192.0.2.1:6443");
+    let address = "http://me:pass@192.0.2.2:6443/a@b".to_owned();
+    let servers = Servers::open(&credentials, &[address]).await.unwrap();
+    let addresses = servers.addresses();
+    assert_eq!(addresses, "http://192.0.2.2:6443/a@b");
+    for server in ["ftp://me:pass@192.0.2.1", "me:pass@192.0.2.1:6443"] {
+        let credentials = kubeconfig(folder, server, "", "token: x");
+        let error = credentials.read(false).await.err().unwrap();
+        assert!(!error.contains("pass"), "{error}");
+        let credentials = kubeconfig(folder, "http://192.0.2.1", "", "token: x");
+        let error = Servers::open(&credentials, &[server.to_owned()]).await;
+        let error = error.err().unwrap();
+        assert!(!error.contains("pass"), "{error}");
+    }
+}
+
 fn base64(text: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(text)
 }
