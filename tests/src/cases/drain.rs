@@ -308,10 +308,18 @@ pub(super) fn a_flow_of_udp_moves(context: &mut Context) -> anyhow::Result<()> {
             world::wait_for_ipvs(&scene.node, "the change", |table| {
                 // The new one comes first, and the old one goes last.
                 let has = |part: &str, of: &Backend| {
-                    let mut servers = of.pod.ips().iter().map(|ip| SocketAddr::new(*ip, world::TARGET));
+                    let mut servers = of
+                        .pod
+                        .ips()
+                        .iter()
+                        .map(|ip| SocketAddr::new(*ip, world::TARGET));
                     servers.any(|server| part.contains(&format!("-> {server} ")))
                 };
-                let other = if name == "one" { &scene.two } else { &scene.one };
+                let other = if name == "one" {
+                    &scene.two
+                } else {
+                    &scene.one
+                };
                 let moved = |udp: &&str| has(udp, listed) && !has(udp, other);
                 table.split("\nUDP").skip(1).filter(moved).count() == 2
             })?;

@@ -544,7 +544,9 @@ mod tests {
         }
         let scenarios = |tests: &[Test]| {
             let names = tests.iter().map(|test| test.name);
-            names.filter(|name| name.starts_with(scenario::PREFIX)).count()
+            names
+                .filter(|name| name.starts_with(scenario::PREFIX))
+                .count()
         };
         let (whole, short) = (scenarios(&all), scenarios(&for_a_short_run(all)));
         assert_eq!(short, whole.div_ceil(2));
