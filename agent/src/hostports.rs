@@ -5,13 +5,13 @@
 //! the lease. The reconciler takes changes of it as it takes facts from a source,
 //! and it alone decides against Services, for it alone knows these: until it has
 //! [accepted](Table::accept) the ports of a pod, they are held and not served.
-//! [`allocate`] waits for that, and for the kernel; a lease whose ports cannot be
+//! [`allocate`] waits for that, and for the kernel; a new lease whose ports cannot be
 //! had is ended before the answer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use ferrule_api::{Answer, Call, CallError, ErrorCode, PodName, Wanted};
+use ferrule_api::{Allocation, Answer, Call, CallError, ErrorCode, PodName, Wanted};
 use ferrule_model::address::Protocol;
 use ferrule_model::host_ports::{self, HostPort, HostPortsError, PodPorts};
 use ferrule_model::names::{Attachment, ObjectName};
@@ -166,7 +166,7 @@ pub(crate) fn pod_name(attachment: &Attachment, pod: Option<&PodName>) -> Object
 }
 
 /// Answers an `allocate` with host ports: when the answer says that they are
-/// there, they are in the kernel. In every other case nothing stays leased.
+/// there, they are in the kernel. In every other case nothing is leased that was not before.
 pub(crate) async fn allocate(pods: &Arc<Pods>, asker: &Asker, mut wanted: Box<Wanted>) -> Answer {
     if let Err(error) = host_ports::check(&wanted.ports) {
         return Answer::Error(bad_ports(&error));
@@ -175,9 +175,9 @@ pub(crate) async fn allocate(pods: &Arc<Pods>, asker: &Asker, mut wanted: Box<Wa
     wanted.ports.sort_unstable();
     let (attachment, ports) = (wanted.attachment.clone(), wanted.ports.len());
     let answer = Arc::clone(pods).call(Call::Allocate(wanted)).await;
-    if !matches!(answer, Answer::Allocated(_)) {
+    let Answer::Allocated(Allocation { renewed, .. }) = answer else {
         return answer;
-    }
+    };
     let error = match asker.host_ports(attachment.clone()).await {
         Some(Ok(())) => {
             info!(container_id = %attachment.container_id, ports, "host ports served");
@@ -192,6 +192,11 @@ pub(crate) async fn allocate(pods: &Arc<Pods>, asker: &Asker, mut wanted: Box<Wa
             message: "the agent has not brought the pod's host ports into the kernel in time; ask again, and see `ferrule-agent status`".to_owned(),
         },
     };
+    if renewed {
+        // Its pod may live.
+        info!(container_id = %attachment.container_id, error = error.message, "no host ports; the lease is older and stays");
+        return Answer::Error(error);
+    }
     info!(container_id = %attachment.container_id, error = error.message, "no host ports, so no lease");
     let release = Call::Release {
         attachment: attachment.clone(),

@@ -82,6 +82,15 @@ impl Record {
     }
 }
 
+/// What [`Leases::allocate`] gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Leased {
+    /// Leased addresses, one of each family at most.
+    pub(crate) addresses: Vec<IpAddr>,
+    /// Whether the attachment had them before.
+    pub(crate) renewed: bool,
+}
+
 /// Why a lease could not be given or ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LeaseError {
@@ -158,7 +167,7 @@ pub(crate) struct Trouble {
     pub(crate) words: String,
     /// Since when, in seconds since 1970.
     pub(crate) since: u64,
-    /// How many calls it cost.
+    /// How often it was tried.
     pub(crate) attempts: u64,
 }
 
@@ -225,6 +234,21 @@ impl Leases {
         }
     }
 
+    /// Tries the disk again, if a write to it has failed and none has worked since. What
+    /// is on it stays as it is. A file that can be opened proves nothing: a full disk
+    /// refuses the write.
+    ///
+    /// # Errors
+    /// When it still refuses.
+    pub(crate) fn try_disk(&self) -> Result<(), LeaseError> {
+        if self.trouble().is_none() {
+            return Ok(());
+        }
+        let mut inner = self.opened()?;
+        let tried = inner.write_nothing();
+        tried.map_err(|fault| self.failed(&mut inner, fault))
+    }
+
     /// What is wrong with the disk at present, if anything.
     pub(crate) fn trouble(&self) -> Option<Trouble> {
         self.lock().trouble.clone()
@@ -274,7 +298,7 @@ impl Leases {
     ///
     /// # Errors
     /// [`LeaseError`]; nothing is leased then.
-    pub(crate) fn allocate(&self, wanted: &Wanted, now: Moment) -> Result<Vec<IpAddr>, LeaseError> {
+    pub(crate) fn allocate(&self, wanted: &Wanted, now: Moment) -> Result<Leased, LeaseError> {
         let mut inner = self.opened()?;
         let attachment = &wanted.attachment;
         let held = inner.ledger.lease(attachment).map(<[IpAddr]>::to_vec);
@@ -310,7 +334,10 @@ impl Leases {
             let ports = record.pod_ports(attachment);
             inner.ports.insert(attachment, ports, false);
         }
-        Ok(addresses)
+        Ok(Leased {
+            addresses,
+            renewed: held.is_some(),
+        })
     }
 
     /// Records addresses that an attachment has been using without a lease.
@@ -607,6 +634,20 @@ impl Inner {
         self.ledger.record_release(attachment, order);
         self.ports.remove(attachment);
         Ok(true)
+    }
+
+    /// Writes as for a lease, and leaves what is there.
+    fn write_nothing(&mut self) -> Result<(), redb::Error> {
+        let write = self.begin()?;
+        {
+            // A key that no attachment has, since it is no JSON.
+            let mut leases = write.open_table(LEASES)?;
+            leases.insert("", "")?;
+            leases.remove("")?;
+        }
+        write.commit()?;
+        self.trouble = None;
+        Ok(())
     }
 
     fn write_lease(&mut self, attachment: &Attachment, record: &Record) -> Result<(), redb::Error> {

@@ -14,11 +14,11 @@ use ferrule_model::names::Attachment;
 use ferrule_model::ownership::host_veth_name;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::clock::Moment;
 use crate::housekeeping::Tally;
-use crate::leases::{LeaseError, Leases, Record, Trouble};
+use crate::leases::{LeaseError, Leased, Leases, Record, Trouble};
 use crate::links::Counters;
 use crate::reconcile::now;
 
@@ -227,7 +227,7 @@ impl Pods {
     fn allocate(&self, wanted: &Wanted) -> Result<Answer, CallError> {
         self.check_looked()?;
         let allocate = || self.leases.allocate(wanted, Moment::now());
-        let ips = allocate().or_else(|error| match error {
+        let leased = allocate().or_else(|error| match error {
             // Who has it may have a release in the queue.
             LeaseError::PortTaken(_) => {
                 self.take_queued();
@@ -235,13 +235,14 @@ impl Pods {
             }
             other => Err(other),
         });
-        let ips = ips.map_err(|error| call_error(&error))?;
+        let Leased { addresses, renewed } = leased.map_err(|error| call_error(&error))?;
         let pod = wanted.pod.as_ref();
         let pod = pod.map(|pod| format!("{}/{}", pod.namespace, pod.name));
-        info!(container_id = %wanted.attachment.container_id, pod, addresses = ?ips, "address leased");
+        info!(container_id = %wanted.attachment.container_id, pod, ?addresses, renewed, "address leased");
         Ok(Answer::Allocated(Allocation {
-            addresses: ips.into_iter().filter_map(host_network).collect(),
+            addresses: addresses.into_iter().filter_map(host_network).collect(),
             mtu: self.mtu.load(Ordering::Relaxed),
+            renewed,
         }))
     }
 
@@ -254,16 +255,23 @@ impl Pods {
                 "the agent has just started and does not know yet which addresses are in use on this node; ask again in a moment".to_owned(),
             ),
             Some(Trouble { words, .. }) => (
-                ErrorCode::Internal,
+                // A disk that refuses keeps the look from its end as well.
+                match self.leases.trouble() {
+                    Some(_) => ErrorCode::NotReady,
+                    None => ErrorCode::Internal,
+                },
                 format!("the agent cannot find out which addresses are in use on this node: {words}"),
             ),
         };
         Err(CallError { code, message })
     }
 
-    /// Whether an address could be leased now.
+    /// Whether an address could be leased now. A disk that has refused is tried again:
+    /// who is told that no pod can come sends none, so nothing else would try it.
     fn ready(&self) -> Result<Answer, CallError> {
         self.check_looked()?;
+        let disk = self.leases.try_disk();
+        disk.map_err(|error| call_error(&error))?;
         match self.leases.has_room() {
             Ok(()) => Ok(Answer::Ready),
             Err(error) => Err(call_error(&error.into())),
@@ -324,11 +332,18 @@ impl Pods {
         }
     }
 
-    /// Takes queued releases now and then, for as long as the agent runs.
+    /// Takes queued releases now and then, for as long as the agent runs; and tries a disk
+    /// that has refused, so that `status` tells when it is over.
     pub(crate) async fn drain_queue(self: Arc<Self>) {
         loop {
             let pods = Arc::clone(&self);
-            if let Err(error) = tokio::task::spawn_blocking(move || pods.take_queued()).await {
+            let round = move || {
+                pods.take_queued();
+                if let Err(error) = pods.leases.try_disk() {
+                    debug!(%error, "the disk still refuses");
+                }
+            };
+            if let Err(error) = tokio::task::spawn_blocking(round).await {
                 error!(%error, "the queue of releases was not read to its end");
             }
             tokio::time::sleep(QUEUE_INTERVAL).await;
@@ -399,6 +414,7 @@ fn call_error(error: &LeaseError) -> CallError {
         LeaseError::OtherPorts(_) => (ErrorCode::BadRequest, ""),
         LeaseError::Store { .. } => (ErrorCode::Internal, "; is the disk full or read-only?"),
         // They have their remedy.
+        LeaseError::File(error) if error.may_pass() => (ErrorCode::NotReady, ""),
         LeaseError::File(_) | LeaseError::Lock(_) | LeaseError::Damaged { .. } => {
             (ErrorCode::Internal, "")
         }

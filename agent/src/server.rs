@@ -203,7 +203,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
     use std::panic::AssertUnwindSafe;
 
-    use ferrule_api::{Client, Lease, Wanted};
+    use ferrule_api::{Allocation, Client, Lease, Wanted};
     use ferrule_model::ipam::PodRange;
     use ferrule_model::names::{Attachment, ContainerId, IfName};
     use tempfile::TempDir;
@@ -285,7 +285,11 @@ mod tests {
         };
         assert_eq!(first.mtu, 1400);
         assert_eq!(first.addresses[0].to_string(), "10.1.0.2/32");
-        assert_eq!(f.call(ask("a")), Answer::Allocated(first));
+        let again = Allocation {
+            renewed: true,
+            ..first
+        };
+        assert_eq!(f.call(ask("a")), Answer::Allocated(again));
         let release = Call::Release {
             attachment: attachment("a"),
         };
@@ -363,6 +367,29 @@ mod tests {
             line,
             "{\"version\":1,\"answer\":\"lease\",\"addresses\":[]}\n"
         );
+    }
+
+    /// An ADD that is asked for once more must not end the lease by which its pod lives.
+    #[test]
+    fn host_ports_that_cannot_be_had_end_a_new_lease_alone() {
+        let f = Fixture::new();
+        let wanted = |who, port: u16| {
+            let port = format!(r#"{{"hostPort":{port},"containerPort":80}}"#);
+            Wanted {
+                ports: vec![serde_json::from_str(&port).unwrap()],
+                ..Wanted::new(attachment(who))
+            }
+        };
+        let leases = f.desk.pods().leases();
+        let now = crate::clock::Moment::now;
+        leases.allocate(&wanted("old", 8080), now()).unwrap();
+        // Nobody brings host ports into the kernel here.
+        for (who, port) in [("old", 8080), ("new", 8081)] {
+            let answer = f.call(Call::Allocate(Box::new(wanted(who, port))));
+            assert!(matches!(answer, Answer::Error(_)), "{who}: {answer:?}");
+        }
+        assert!(leases.find(&attachment("old")).unwrap().is_some());
+        assert_eq!(leases.count(), 1);
     }
 
     /// A release whose client has gone is not carried out: the client has queued it,

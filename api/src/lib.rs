@@ -274,6 +274,10 @@ pub struct Allocation {
     pub addresses: Vec<IpNetwork>,
     /// MTU for the pod's interface, in bytes.
     pub mtu: u32,
+    /// Whether the lease is older than this call: whoever fails afterwards must not end
+    /// it, for a pod may live by it. An agent that does not know this leaves it out.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub renewed: bool,
 }
 
 impl Allocation {

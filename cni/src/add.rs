@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use ferrule_api::{HostPort, PodName, Wanted};
 use ferrule_model::names::{Attachment, NetworkName};
+use ferrule_model::ownership;
 use serde_json::Value;
 
 use crate::agent;
@@ -21,7 +22,7 @@ use crate::netns::Netns;
 use crate::pair::Pair;
 use crate::ports;
 use crate::removal;
-use crate::report;
+use crate::report::{self, Before};
 use crate::shaper::Shaper;
 use crate::sysctl;
 use crate::undo::Undo;
@@ -61,6 +62,7 @@ pub(crate) async fn run(
     // What depends on the MTU is looked at again when the agent has told it.
     config.bandwidth.limits(request.mtu.unwrap_or_default())?;
     let ports = ports::read(config.port_mappings.as_ref())?;
+    let before = Before::read(config.version, config.previous.as_ref())?;
     let netns = Netns::open(request.netns)?;
     let attachment = request.attachment;
     // Until everything is made, or undone.
@@ -72,7 +74,7 @@ pub(crate) async fn run(
     let sides = validate(&request, netns).await?;
     fault::reached(Step::Validated);
     let mut undo = Undo::default();
-    let made = make(config, request, ports, &sides, &mut undo, print);
+    let made = make(config, request, ports, before, &sides, &mut undo, print);
     let made = tokio::time::timeout(LIMIT, made).await.unwrap_or_else(|_| {
         Err(Failure::new(
             Code::TryAgainLater,
@@ -88,7 +90,8 @@ pub(crate) async fn run(
     }
 }
 
-/// Looks into both namespaces and makes sure that the interface is not there yet.
+/// Looks into both namespaces and makes sure that the interface is not there yet, nor
+/// in use in a third, and that no other of ours is in the pod's.
 async fn validate(request: &Request<'_>, netns: Netns) -> Result<Sides, Failure> {
     let host = Kernel::open()?;
     let pod = netns.inside(Kernel::open)??;
@@ -102,6 +105,8 @@ async fn validate(request: &Request<'_>, netns: Netns) -> Result<Sides, Failure>
             ),
         ));
     }
+    check_alone(request, &host, &pod).await?;
+    check_no_other_life(request.attachment, &host).await?;
     // Every namespace has one, but its name is only a habit of the kernel.
     let loopback = pod.link("lo").await?.map_or(1, |link| link.index);
     Ok(Sides {
@@ -112,11 +117,54 @@ async fn validate(request: &Request<'_>, netns: Netns) -> Result<Sides, Failure>
     })
 }
 
+/// A namespace has one interface of ours: a second would have the same gateways, and the
+/// routes to them are there.
+async fn check_alone(request: &Request<'_>, host: &Kernel, pod: &Kernel) -> Result<(), Failure> {
+    for end in pod.veths().await? {
+        let Some(there) = host.other_end(&end).await? else {
+            continue;
+        };
+        if let Some((owner, _)) = there.read_alias()
+            && owner.interface.as_str() == end.name
+        {
+            return Err(Failure::new(
+                Code::Taken,
+                format!(
+                    "network namespace {} (CNI_NETNS) has interface {} by ferrule already, that of {owner}: a namespace can have one; have {} made by another plugin, or call DEL for the other before",
+                    request.netns.display(),
+                    end.name,
+                    request.attachment.interface,
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The host's end of an earlier life of the attachment makes way, but not while a pod
+/// uses it: it would be cut off.
+async fn check_no_other_life(attachment: &Attachment, host: &Kernel) -> Result<(), Failure> {
+    let name = ownership::host_veth_name(attachment);
+    if let Some(link) = host.link(name.as_str()).await?
+        && link.is_host_end_of(attachment)
+        && host.serves_a_pod(&link).await?
+    {
+        return Err(Failure::new(
+            Code::Taken,
+            format!(
+                "{attachment} has a network already, in another network namespace than CNI_NETNS names (interface {name} of the node leads to it): the runtime has to call DEL before it calls ADD again"
+            ),
+        ));
+    }
+    Ok(())
+}
+
 /// Everything that has to be undone after a failure.
 async fn make(
     config: &Config,
     request: Request<'_>,
     ports: Vec<HostPort>,
+    before: Before,
     sides: &Sides,
     undo: &mut Undo,
     print: impl FnOnce(&Value) -> Result<(), Failure>,
@@ -136,7 +184,10 @@ async fn make(
             undo.lease();
         }
     })?;
-    undo.lease();
+    // One that is older may be a pod's, and is not ours to end.
+    if !allocation.renewed {
+        undo.lease();
+    }
     fault::reached(Step::Leased);
     let limits = config.bandwidth.limits(allocation.mtu)?;
     let mut pair = Pair::new(
@@ -148,8 +199,7 @@ async fn make(
     if let Some(mac) = request.wishes.mac {
         pair = pair.with_mac(mac);
     }
-    // Before anything is made: it may be no result.
-    let result = report::added(config.version, &pair, &netns, config.previous.as_ref())?;
+    let result = report::added(config.version, &pair, &netns, before);
     // The time of ADD may run out while the kernel is at it.
     undo.link();
     make_link(attachment, sides, &pair).await?;
@@ -167,8 +217,7 @@ async fn make(
 }
 
 /// Makes the pair, after removing the host's end of an earlier life of this
-/// attachment. That one is provably ours, and its pod is gone: the interface
-/// is not in the namespace that the runtime now gives for it.
+/// attachment. That one is provably ours, and no pod uses it ([`check_no_other_life`]).
 async fn make_link(attachment: &Attachment, sides: &Sides, pair: &Pair) -> Result<(), Failure> {
     let create = || {
         let order = pair.create(sides.netns.raw_fd());

@@ -52,23 +52,31 @@ pub(crate) enum LeaseError {
     Nonsense {
         attachment: Attachment,
         reason: String,
+        /// Whether the attachment had its lease before it asked.
+        renewed: bool,
     },
     #[error(
         "mtu of the network configuration is {mtu}, and {attachment} gets an IPv6 address, which needs at least {MIN_MTU_IPV6}; give a larger one, or leave it out"
     )]
-    Mtu { attachment: Attachment, mtu: u32 },
+    Mtu {
+        attachment: Attachment,
+        mtu: u32,
+        /// Whether the attachment had its lease before it asked.
+        renewed: bool,
+    },
     #[error(transparent)]
     Withdraw(#[from] QueueError),
 }
 
 impl LeaseError {
-    /// Whether the agent may hold a lease that nobody will use.
+    /// Whether the agent may hold a lease that nobody will use. Where no answer came,
+    /// that may be an older one, but then no pod lives by it: ADD has looked for one.
     pub(crate) fn may_hold_lease(&self) -> bool {
         match self {
             Self::Down(source) | Self::Call { source, .. } => source.may_have_taken_effect(),
             // A refused call changed nothing.
             Self::Refused { .. } | Self::Withdraw(_) => false,
-            Self::Nonsense { .. } | Self::Mtu { .. } => true,
+            Self::Nonsense { renewed, .. } | Self::Mtu { renewed, .. } => !renewed,
         }
     }
 }
@@ -123,6 +131,17 @@ pub(crate) fn allocate(
             }
         }
     };
+    if let Some(mtu) = mtu
+        && mtu < MIN_MTU_IPV6
+        && wanted.ips.iter().any(IpAddr::is_ipv6)
+    {
+        // Nothing was asked for.
+        return Err(LeaseError::Mtu {
+            attachment: attachment.clone(),
+            mtu,
+            renewed: true,
+        });
+    }
     // Before anything is leased: a release of an earlier life of this
     // attachment that still waits would end the new lease.
     queue::withdraw(&config.state_dir, attachment)?;
@@ -130,9 +149,10 @@ pub(crate) fn allocate(
     let answer = client
         .call(Call::Allocate(Box::new(wanted)))
         .map_err(named)?;
-    let nonsense = |reason| LeaseError::Nonsense {
+    let nonsense = |renewed, reason| LeaseError::Nonsense {
         attachment: attachment.clone(),
         reason,
+        renewed,
     };
     match answer {
         Answer::Allocated(allocation) => {
@@ -141,14 +161,17 @@ pub(crate) fn allocate(
                 && mtu < MIN_MTU_IPV6
                 && allocation.ips().any(|ip| ip.is_ipv6())
             {
-                let attachment = attachment.clone();
-                return Err(LeaseError::Mtu { attachment, mtu });
+                return Err(LeaseError::Mtu {
+                    attachment: attachment.clone(),
+                    mtu,
+                    renewed: allocation.renewed,
+                });
             }
             let allocation = Allocation {
                 mtu: mtu.unwrap_or(allocation.mtu),
                 ..allocation
             };
-            check(&allocation).map_err(nonsense)?;
+            check(&allocation).map_err(|reason| nonsense(allocation.renewed, reason))?;
             Ok(allocation)
         }
         Answer::Error(error) => Err(LeaseError::Refused {
@@ -163,7 +186,7 @@ pub(crate) fn allocate(
         | Answer::Status(_)
         | Answer::Frontends(_)
         | Answer::Pods(_)
-        | Answer::Trace { .. } => Err(nonsense("it answers another call".to_owned())),
+        | Answer::Trace { .. } => Err(nonsense(false, "it answers another call".to_owned())),
     }
 }
 
@@ -385,6 +408,7 @@ mod tests {
             check(&Allocation {
                 addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
                 mtu,
+                renewed: false,
             })
         };
         assert_eq!(with(&["10.0.0.2/32", "fd00::2/128"], 1500), Ok(()));

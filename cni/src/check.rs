@@ -1,8 +1,9 @@
 //! The verb CHECK: is the pod's network still what ADD reported?
 //!
-//! Compared are the interfaces, their MACs, the pod's addresses, its routes,
-//! and the host's routes to it; and with what the agent has leased, the addresses
-//! and the host ports. Nothing is repaired.
+//! Compared are the interfaces, their MACs and MTUs, the pod's addresses, its routes and
+//! its neighbour entries for the gateways, and the host's routes to it; and with what the
+//! agent has leased, the addresses and the host ports. Of what other plugins of the list
+//! made, only that their routes are there. Nothing is repaired.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -10,13 +11,15 @@ use std::path::Path;
 use ferrule_model::names::Attachment;
 use ferrule_model::ownership;
 use ipnetwork::IpNetwork;
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 use crate::agent;
 use crate::config::{Config, typed};
 use crate::failure::{Code, Failure};
 use crate::kernel::{Kernel, Link};
 use crate::netns::Netns;
+use crate::pair;
 use crate::ports;
 use crate::shaper::Shaper;
 
@@ -24,11 +27,11 @@ use crate::shaper::Shaper;
 /// it what we know nothing of.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Previous {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "list")]
     interfaces: Vec<Interface>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "list")]
     ips: Vec<Ip>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "list")]
     routes: Vec<Route>,
 }
 
@@ -36,6 +39,8 @@ pub(crate) struct Previous {
 struct Interface {
     name: String,
     mac: Option<String>,
+    /// Since 1.1.0.
+    mtu: Option<u32>,
     /// Empty or absent for the node's own.
     sandbox: Option<String>,
 }
@@ -49,13 +54,47 @@ impl Interface {
 #[derive(Debug, Deserialize)]
 struct Ip {
     address: IpNetwork,
+    #[serde(default, deserialize_with = "maybe")]
+    gateway: Option<IpAddr>,
     interface: Option<usize>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Route {
     dst: IpNetwork,
+    #[serde(default, deserialize_with = "maybe")]
     gw: Option<IpAddr>,
+}
+
+impl Route {
+    fn is_default(&self) -> bool {
+        self.dst.prefix() == 0
+    }
+
+    /// Whether ADD of ours has made it.
+    fn is_ours(&self) -> bool {
+        self.is_default() && self.gw == Some(pair::gateway(self.dst.ip()))
+    }
+}
+
+/// A list, which may be `null`.
+fn list<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// An address, which is empty where there is none.
+pub(crate) fn maybe<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<IpAddr>, D::Error> {
+    let text: Option<String> = Option::deserialize(deserializer)?;
+    match text.as_deref() {
+        None | Some("") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(D::Error::custom),
+    }
 }
 
 /// Compares; the failure names every difference.
@@ -69,14 +108,26 @@ pub(crate) async fn run(
     let host = Kernel::open()?;
     let pod = netns.inside(Kernel::open)??;
     let mut differences = Vec::new();
-    if let Some(link) = check_host(&host, attachment, &previous, &mut differences).await? {
+    let host_end = check_host(&host, attachment, &previous, &mut differences).await?;
+    if let Some(link) = &host_end {
         let limits = config.bandwidth.limits(config.mtu()?.unwrap_or_default())?;
         let shaper = Shaper::new(attachment, None, 0, limits);
         shaper
-            .check(&host, attachment, &link, &mut differences)
+            .check(&host, attachment, link, &mut differences)
             .await?;
     }
-    check_pod(&pod, attachment, &previous, &mut differences).await?;
+    let pod_end = check_pod(&pod, attachment, &previous, &mut differences).await?;
+    if let (Some(link), Some(host_end)) = (&pod_end, &host_end) {
+        check_mtu(link, host_end, &mut differences);
+        check_gateways(
+            &pod,
+            attachment,
+            &previous,
+            [link, host_end],
+            &mut differences,
+        )
+        .await?;
+    }
     let seen = check_lease(config, attachment, &previous, &mut differences);
     if differences.is_empty() {
         // What is amiss for sure is told before what could not be seen.
@@ -106,7 +157,8 @@ pub(crate) fn previous(config: &Config) -> Result<Previous, Failure> {
 }
 
 impl Previous {
-    /// Our addresses: those on the pod's interface, and those that name none.
+    /// Our addresses: those on the pod's interface. Of those that name none, which the
+    /// specification allows, those with our gateway.
     pub(crate) fn addresses(&self, attachment: &Attachment) -> impl Iterator<Item = IpNetwork> {
         self.ips.iter().filter_map(move |ip| {
             #[cfg(feature = "fuzzing")]
@@ -120,7 +172,10 @@ impl Previous {
                 ],
             );
             let interface = match ip.interface {
-                None => return Some(ip.address),
+                None => {
+                    let ours = ip.gateway == Some(pair::gateway(ip.address.ip()));
+                    return ours.then_some(ip.address);
+                }
                 Some(index) => self.interfaces.get(index)?,
             };
             let ours = interface.is_in_a_pod() && interface.name == attachment.interface.as_str();
@@ -135,19 +190,32 @@ impl Previous {
     }
 
     /// What was reported of an interface, in a pod or on the node.
-    pub(crate) fn mac(&self, name: &str, in_a_pod: bool) -> Option<&str> {
+    fn interface(&self, name: &str, in_a_pod: bool) -> Option<&Interface> {
         let mut interfaces = self.interfaces.iter();
-        let found = interfaces.find(|i| i.name == name && i.is_in_a_pod() == in_a_pod)?;
-        found.mac.as_deref()
+        interfaces.find(|i| i.name == name && i.is_in_a_pod() == in_a_pod)
+    }
+
+    /// The MAC that was reported of an interface.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn mac(&self, name: &str, in_a_pod: bool) -> Option<&str> {
+        self.interface(name, in_a_pod)?.mac.as_deref()
     }
 }
 
-/// Whether an interface is up and has the MAC that was reported.
-fn check_link(link: &Link, reported: Option<&str>, differences: &mut Vec<String>) {
+/// Whether an interface is up and has the MAC and MTU that were reported.
+fn check_link(link: &Link, reported: Option<&Interface>, differences: &mut Vec<String>) {
     if !link.up {
         differences.push(format!("interface {} is down", link.name));
     }
-    if let (Some(reported), Some(mac)) = (reported, link.mac)
+    if let (Some(reported), Some(mtu)) = (reported.and_then(|r| r.mtu), link.mtu)
+        && reported != mtu
+    {
+        differences.push(format!(
+            "interface {} has MTU {mtu} instead of {reported}",
+            link.name
+        ));
+    }
+    if let (Some(reported), Some(mac)) = (reported.and_then(|r| r.mac.as_deref()), link.mac)
         && !reported.eq_ignore_ascii_case(&mac.to_string())
     {
         differences.push(format!(
@@ -179,7 +247,7 @@ async fn check_host(
             return Ok(None);
         }
     };
-    check_link(&link, previous.mac(&link.name, false), differences);
+    check_link(&link, previous.interface(&link.name, false), differences);
     for address in previous.addresses(attachment) {
         let way = host.way_to(address.ip()).await?;
         if way.is_none_or(|(interface, _)| interface != link.index) {
@@ -197,31 +265,92 @@ async fn check_pod(
     attachment: &Attachment,
     previous: &Previous,
     differences: &mut Vec<String>,
-) -> Result<(), Failure> {
+) -> Result<Option<Link>, Failure> {
     let name = attachment.interface.as_str();
     let Some(link) = pod.link(name).await? else {
         differences.push(format!("interface {name} of the pod is missing"));
-        return Ok(());
+        return Ok(None);
     };
     if !previous.names(name) {
         differences.push(format!("prevResult has no interface {name} of the pod"));
     }
-    check_link(&link, previous.mac(&link.name, true), differences);
+    check_link(&link, previous.interface(&link.name, true), differences);
     let present = pod.addresses(link.index).await?;
     for address in previous.addresses(attachment) {
         if !present.contains(&address) {
             differences.push(format!("address {address} of the pod is missing"));
         }
     }
-    for route in &previous.routes {
-        // Only default routes are ours; a lookup of an address that no other
-        // route can match shows whether one stands.
-        if route.dst.prefix() > 0 {
+    check_routes(pod, &link, previous, differences).await?;
+    Ok(Some(link))
+}
+
+/// A packet that is longer than the node's end takes is dropped there. A plugin behind us
+/// may have made the pod's smaller, and only since 1.1.0 it can tell.
+fn check_mtu(link: &Link, host_end: &Link, differences: &mut Vec<String>) {
+    if let (Some(mtu), Some(most)) = (link.mtu, host_end.mtu)
+        && mtu > most
+    {
+        differences.push(format!(
+            "interface {} has MTU {mtu}, and its end on the node {most}",
+            link.name
+        ));
+    }
+}
+
+/// Nobody answers for the gateways, so without these entries the pod is cut off.
+async fn check_gateways(
+    pod: &Kernel,
+    attachment: &Attachment,
+    previous: &Previous,
+    [link, host_end]: [&Link; 2],
+    differences: &mut Vec<String>,
+) -> Result<(), Failure> {
+    let present = pod.neighbours(link.index).await?;
+    for address in previous.addresses(attachment) {
+        let gateway = pair::gateway(address.ip());
+        let found = present.iter().find(|(ip, _)| *ip == gateway);
+        let mac = found.map(|(_, mac)| *mac);
+        let (Some(mac), Some(right)) = (mac, host_end.mac) else {
+            differences.push(format!(
+                "the pod's neighbour entry for {gateway} is missing"
+            ));
             continue;
+        };
+        if mac != right {
+            differences.push(format!(
+                "the pod's neighbour entry for {gateway} has MAC {mac} instead of {right}"
+            ));
         }
-        let probe = somewhere(route.dst.ip());
-        let way = pod.way_to(probe).await?;
-        if way != Some((link.index, route.gw)) {
+    }
+    Ok(())
+}
+
+/// Ours must be the one that is used, and others' must be there.
+async fn check_routes(
+    pod: &Kernel,
+    link: &Link,
+    previous: &Previous,
+    differences: &mut Vec<String>,
+) -> Result<(), Failure> {
+    if previous.routes.is_empty() {
+        return Ok(());
+    }
+    let present = pod.routes().await?;
+    for route in &previous.routes {
+        let same_family =
+            |other: &&Route| other.is_default() && other.dst.is_ipv4() == route.dst.is_ipv4();
+        let alone = previous.routes.iter().filter(same_family).count() == 1;
+        let as_it_was = if route.is_ours() && alone {
+            // A lookup of an address that no other route can match shows which is used.
+            let way = pod.way_to(somewhere(route.dst.ip())).await?;
+            way == Some((link.index, route.gw))
+        } else {
+            // Another plugin's may come before ours, by its metric or its table.
+            let of = route.is_ours().then_some(link.index);
+            present.iter().any(|way| way.is(route.dst, route.gw, of))
+        };
+        if !as_it_was {
             differences.push(format!(
                 "the pod's route to {} is missing or another",
                 route.dst

@@ -22,6 +22,9 @@ const MAX_INPUT: u64 = 1024 * 1024;
 /// Smallest MTU that IPv4 allows (RFC 791), largest of a veth.
 const MTU_RANGE: std::ops::RangeInclusive<u32> = 68..=65535;
 
+/// Longest path of a Unix socket, in bytes: `sun_path` without the zero at its end.
+const MAX_SOCKET: usize = 107;
+
 /// Smallest MTU that IPv6 allows (RFC 8200).
 pub(crate) const MIN_MTU_IPV6: u32 = 1280;
 
@@ -92,7 +95,7 @@ impl Config {
             )
         })?;
         // The version first: errors about the rest may depend on it.
-        let version = SpecVersion::parse(object.get("cniVersion").and_then(Value::as_str))?;
+        let version = SpecVersion::parse(object.get("cniVersion"))?;
         let wire: Wire = typed("", &object)?;
         Ok(Self {
             version,
@@ -107,6 +110,18 @@ impl Config {
             bandwidth: Asked::of(&object),
             object,
         })
+    }
+
+    /// Whether a socket can have the path of `agentSocket`. DEL does not ask: it goes on
+    /// without the agent.
+    pub(crate) fn check_socket(&self) -> Result<(), Failure> {
+        let length = self.agent_socket.as_os_str().len();
+        if length <= MAX_SOCKET {
+            return Ok(());
+        }
+        Err(invalid(format!(
+            "agentSocket of the network configuration has {length} bytes: a socket's path has {MAX_SOCKET} at most; give a shorter one, here and to the agent (--socket)"
+        )))
     }
 
     /// Name of the network, which every list has to have.
@@ -164,7 +179,7 @@ impl Config {
     pub(crate) fn version_of(input: &[u8]) -> SpecVersion {
         serde_json::from_slice::<Value>(input)
             .ok()
-            .and_then(|input| SpecVersion::parse(input.get("cniVersion")?.as_str()).ok())
+            .and_then(|input| SpecVersion::parse(input.get("cniVersion")).ok())
             .unwrap_or(SpecVersion::NEWEST)
     }
 }
@@ -254,6 +269,22 @@ mod tests {
             assert_eq!(failure.code(), code, "{input}: {failure}");
             assert!(failure.to_string().contains(word), "{input}: {failure}");
         }
+    }
+
+    #[test]
+    fn a_path_that_no_socket_can_have_is_named() {
+        let with = |length: usize| {
+            let path = format!("/{}", "a".repeat(length - 1));
+            let text = format!(r#"{{"cniVersion":"1.1.0","agentSocket":"{path}"}}"#);
+            Config::parse(text.as_bytes()).unwrap().check_socket()
+        };
+        assert_eq!(with(MAX_SOCKET), Ok(()));
+        let failure = with(MAX_SOCKET + 1).unwrap_err();
+        assert_eq!(failure.code(), Code::InvalidConfiguration);
+        assert!(
+            failure.to_string().starts_with("agentSocket of"),
+            "{failure}"
+        );
     }
 
     /// What one verb needs is no matter of the others, and is named there.

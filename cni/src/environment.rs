@@ -9,8 +9,9 @@ use ferrule_model::names::{Attachment, ContainerId, IfName, NameError};
 
 use crate::failure::{Code, Failure};
 
-/// Longest namespace or pod name that Kubernetes knows (a DNS subdomain).
+/// Longest name of a pod, a DNS subdomain, and of a namespace, a DNS label (RFC 1123).
 const MAX_POD_NAME: usize = 253;
+const MAX_NAMESPACE: usize = 63;
 
 /// What the runtime wants done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +127,7 @@ impl<L: Fn(&'static str) -> Option<OsString>> Environment<L> {
 
     /// The pod's name from `CNI_ARGS`, where both halves of it are there.
     pub(crate) fn pod(&self) -> Result<Option<PodName>, EnvironmentError> {
-        let value = |key: &'static str| {
+        let value = |key: &'static str, is_name: fn(&str) -> bool| {
             let found = self.argument(key)?;
             #[cfg(feature = "fuzzing")]
             ferrule_model::planted::bug(
@@ -138,26 +139,34 @@ impl<L: Fn(&'static str) -> Option<OsString>> Environment<L> {
                 ],
             );
             match found {
-                Some(value) if !is_object_name(&value) => Err(EnvironmentError::PodName {
+                Some(value) if !is_name(&value) => Err(EnvironmentError::PodName {
                     key,
                     value: shortened(&value),
                 }),
                 found => Ok(found),
             }
         };
-        let namespace = value("K8S_POD_NAMESPACE")?;
-        let name = value("K8S_POD_NAME")?;
+        let namespace = value("K8S_POD_NAMESPACE", is_namespace)?;
+        let name = value("K8S_POD_NAME", is_pod_name)?;
         Ok(namespace
             .zip(name)
             .map(|(namespace, name)| PodName { namespace, name }))
     }
 }
 
-fn is_object_name(text: &str) -> bool {
-    text.len() <= MAX_POD_NAME
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-".contains(&byte))
+/// Kubernetes bounds a subdomain as a whole, and not its labels.
+fn is_pod_name(text: &str) -> bool {
+    text.len() <= MAX_POD_NAME && text.split('.').all(is_label)
+}
+
+fn is_namespace(text: &str) -> bool {
+    text.len() <= MAX_NAMESPACE && is_label(text)
+}
+
+/// Small letters, digits and `-`, which neither begins nor ends it.
+fn is_label(text: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    !text.is_empty() && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
 }
 
 /// Untrusted text for a message.
@@ -225,6 +234,22 @@ mod tests {
         );
         assert_eq!(pod("K8S_POD_NAME=a").unwrap(), None);
         assert_eq!(pod("").unwrap(), None);
-        assert!(pod("K8S_POD_NAME=a\nb;K8S_POD_NAMESPACE=c").is_err());
+        let named = |namespace: &str, name: &str| {
+            let text = format!("K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name}");
+            with(&[("CNI_ARGS", &text)]).pod()
+        };
+        let long = "a".repeat(64);
+        for name in [
+            "a\nb", "A", "..", ".", "-", "a-", "-a", "a..b", "a.-b", ".a", "a.",
+        ] {
+            let error = named("c", name).unwrap_err().to_string();
+            assert!(error.contains("K8S_POD_NAME is"), "{error}");
+        }
+        for namespace in ["..", "-", "a.b", &long, &"a".repeat(253)] {
+            let error = named(namespace, "b").unwrap_err().to_string();
+            assert!(error.contains("K8S_POD_NAMESPACE is"), "{error}");
+        }
+        assert!(named(&long[..63], &format!("{long}.b-1.{long}")).is_ok());
+        assert!(named("c", &"a".repeat(254)).is_err());
     }
 }

@@ -24,6 +24,7 @@ use crate::environment::Environment;
 use crate::failure::Failure;
 use crate::kernel::Link;
 use crate::ports;
+use crate::report::Before;
 use crate::version;
 use crate::wishes::Wishes;
 
@@ -47,6 +48,9 @@ pub fn configuration(input: &[u8]) {
     assert_eq!(config.version, Config::version_of(&input));
     assert!(config.agent_socket.is_absolute() && config.state_dir.is_absolute());
     for failure in fields_of_one_verb(&config) {
+        told(&failure, &input);
+    }
+    if let Err(failure) = Before::read(config.version, config.previous.as_ref()) {
         told(&failure, &input);
     }
     match check::previous(&config) {

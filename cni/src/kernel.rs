@@ -1,17 +1,18 @@
 //! The few questions and orders that the plugin has for the kernel, over a
 //! netlink socket that belongs to one namespace.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ferrule_model::names::{Attachment, NetworkName};
 use ferrule_model::ownership;
 use ferrule_netlink::{Error, Protocol, Socket, route};
 use ipnetwork::IpNetwork;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_ECHO, NLM_F_REQUEST};
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
-use netlink_packet_route::route::{RouteAddress, RouteAttribute};
+use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::io::Errno;
 
 use crate::failure::{Code, Failure};
@@ -77,11 +78,16 @@ pub(crate) struct Link {
     pub(crate) index: u32,
     pub(crate) up: bool,
     pub(crate) mac: Option<Mac>,
+    /// In bytes.
+    pub(crate) mtu: Option<u32>,
     alias: Option<String>,
     /// Index of the other end of a veth, in whichever namespace that is.
     peer: Option<u32>,
-    veth: bool,
-    ifb: bool,
+    /// What this namespace calls that of the other end, if that is another.
+    peer_namespace: Option<i32>,
+    /// Whether both ends of a veth are up.
+    carrier: bool,
+    kind: Option<InfoKind>,
 }
 
 impl Link {
@@ -89,6 +95,7 @@ impl Link {
         let mut link = Self {
             index: message.header.index,
             up: message.header.flags.contains(LinkFlags::Up),
+            carrier: message.header.flags.contains(LinkFlags::LowerUp),
             ..Self::default()
         };
         for attribute in &message.attributes {
@@ -98,10 +105,17 @@ impl Link {
                 LinkAttribute::Address(bytes) => {
                     link.mac = bytes.as_slice().try_into().ok().map(Mac);
                 }
+                LinkAttribute::Mtu(mtu) => link.mtu = Some(*mtu),
                 LinkAttribute::Link(index) => link.peer = Some(*index),
+                // A namespace that is going has none.
+                LinkAttribute::LinkNetNsId(id) => {
+                    link.peer_namespace = Some(*id).filter(|id| *id >= 0);
+                }
                 LinkAttribute::LinkInfo(infos) => {
-                    link.veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
-                    link.ifb = infos.contains(&LinkInfo::Kind(InfoKind::Ifb));
+                    link.kind = infos.iter().find_map(|info| match info {
+                        LinkInfo::Kind(kind) => Some(kind.clone()),
+                        _ => None,
+                    });
                 }
                 _ => {}
             }
@@ -109,29 +123,41 @@ impl Link {
         #[cfg(feature = "fuzzing")]
         ferrule_model::planted::bug(
             "netlink-route",
-            [link.veth, link.alias.is_some(), link.mac.is_none()],
+            [link.is_veth(), link.alias.is_some(), link.mac.is_none()],
         );
         link
+    }
+
+    fn is_veth(&self) -> bool {
+        self.kind == Some(InfoKind::Veth)
+    }
+
+    fn is_ifb(&self) -> bool {
+        self.kind == Some(InfoKind::Ifb)
     }
 
     /// Whether this is the host's end of the attachment's veth.
     pub(crate) fn is_host_end_of(&self, attachment: &Attachment) -> bool {
         let mac = self.mac.map(|Mac(bytes)| bytes);
-        self.veth && ownership::owns_host_veth(attachment, &self.name, self.alias.as_deref(), mac)
+        self.is_veth()
+            && ownership::owns_host_veth(attachment, &self.name, self.alias.as_deref(), mac)
     }
 
     /// Whether this has name and MAC of the host's end of the attachment's veth,
     /// but no longer its alias.
     pub(crate) fn is_altered_end_of(&self, attachment: &Attachment) -> bool {
         let mac = self.mac.map(|Mac(bytes)| bytes);
-        self.veth
+        self.is_veth()
             && ownership::resembles_host_veth(attachment, &self.name, mac)
             && !self.is_host_end_of(attachment)
     }
 
     /// Whether this and `end`, in another namespace, name one another as ends of a veth.
     pub(crate) fn is_peer_of(&self, end: &Link) -> bool {
-        self.veth && end.veth && self.peer == Some(end.index) && end.peer == Some(self.index)
+        self.is_veth()
+            && end.is_veth()
+            && self.peer == Some(end.index)
+            && end.peer == Some(self.index)
     }
 
     /// The alias, empty if there is none.
@@ -142,7 +168,7 @@ impl Link {
     /// Whether this is the device that shapes what comes from the attachment.
     pub(crate) fn is_shaper_of(&self, attachment: &Attachment) -> bool {
         let mac = self.mac.map(|Mac(bytes)| bytes);
-        self.ifb && ownership::owns_shaper(attachment, &self.name, self.alias.as_deref(), mac)
+        self.is_ifb() && ownership::owns_shaper(attachment, &self.name, self.alias.as_deref(), mac)
     }
 }
 
@@ -155,6 +181,55 @@ impl Link {
     /// Whether this is a device of the attachment, of either kind.
     pub(crate) fn is_of(&self, attachment: &Attachment) -> bool {
         self.is_host_end_of(attachment) || self.is_shaper_of(attachment)
+    }
+}
+
+/// What we look at in a route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    to: IpNetwork,
+    interface: Option<u32>,
+    gateway: Option<IpAddr>,
+    /// Whether it has several next hops, or one of another family.
+    manifold: bool,
+}
+
+impl Way {
+    fn parse(message: &RouteMessage) -> Option<Self> {
+        let any = match message.header.address_family {
+            AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            _ => return None,
+        };
+        let (mut to, mut interface, mut gateway, mut manifold) = (any, None, None, false);
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(address) => to = plain(address)?,
+                RouteAttribute::Oif(index) => interface = Some(*index),
+                RouteAttribute::Gateway(address) => gateway = plain(address),
+                RouteAttribute::MultiPath(_) | RouteAttribute::Via(_) => manifold = true,
+                _ => {}
+            }
+        }
+        let to = IpNetwork::new(to, message.header.destination_prefix_length).ok()?;
+        Some(Self {
+            to,
+            interface,
+            gateway,
+            manifold,
+        })
+    }
+
+    /// Whether it leads to `to`, and over that gateway and interface where they are given.
+    pub(crate) fn is(
+        &self,
+        to: IpNetwork,
+        gateway: Option<IpAddr>,
+        interface: Option<u32>,
+    ) -> bool {
+        (self.to.network(), self.to.prefix()) == (to.network(), to.prefix())
+            && (self.manifold || gateway.is_none() || gateway == self.gateway)
+            && (interface.is_none() || interface == self.interface)
     }
 }
 
@@ -249,26 +324,79 @@ impl Kernel {
         Ok(found)
     }
 
-    /// Every veth and ifb whose name begins like ours of that kind; veths come first,
-    /// because packets are redirected to a shaper until its veth is gone.
-    pub(crate) async fn devices(&self) -> Result<Vec<Link>, KernelError> {
+    /// Whether a host's end leads into a namespace that lives, to an interface that is up.
+    /// That of a namespace which is going, or of an ADD that was killed before both ends
+    /// were up, does not.
+    pub(crate) async fn serves_a_pod(&self, end: &Link) -> Result<bool, KernelError> {
+        let (true, Some(index), Some(namespace)) = (end.carrier, end.peer, end.peer_namespace)
+        else {
+            return Ok(false);
+        };
+        // The kernel keeps what a namespace was called until it has removed all that was in
+        // it, but finds none by that any more (`get_net_ns_by_id()`).
+        match self.ask(pair::get_link_in(namespace, index)).await {
+            Ok(answers) => Ok(!answers.is_empty()),
+            Err(error) if error.is_not_found() || error.errno() == Some(Errno::INVAL) => Ok(false),
+            Err(source) => Err(KernelError::Look {
+                what: format!("the other end of interface {}", end.name),
+                source,
+            }),
+        }
+    }
+
+    /// The other end of a veth whose own end is in another namespace, if it is in this one.
+    pub(crate) async fn other_end(&self, end: &Link) -> Result<Option<Link>, KernelError> {
+        let Some(index) = end.peer else {
+            return Ok(None);
+        };
+        let failed = |source| KernelError::Look {
+            what: format!("the other end of interface {}", end.name),
+            source,
+        };
+        let answers = match self.ask(pair::get_link_at(index)).await {
+            Err(error) if error.is_not_found() => return Ok(None),
+            other => other.map_err(failed)?,
+        };
+        let links = answers.iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewLink(message) => Some(Link::parse(message)),
+            _ => None,
+        });
+        let mut peers = links.filter(|link| link.is_peer_of(end));
+        Ok(peers.next())
+    }
+
+    /// Every veth.
+    pub(crate) async fn veths(&self) -> Result<Vec<Link>, KernelError> {
+        let links = self.all_links().await?;
+        Ok(links.into_iter().filter(Link::is_veth).collect())
+    }
+
+    /// Every interface that can be decoded: one of a kind that cannot is none of ours.
+    async fn all_links(&self) -> Result<Vec<Link>, KernelError> {
         let failed = |source| KernelError::Look {
             what: "interfaces".to_owned(),
             source,
         };
         let dump = self.socket.dump(route::encode(pair::get_links()));
         let answers = dump.await.map_err(failed)?;
-        // A device of a kind that cannot be decoded is none of ours.
         let links = answers.iter().filter_map(|raw| match route::decode(raw) {
             Ok(RouteNetlinkMessage::NewLink(link)) => Some(Link::parse(&link)),
             _ => None,
         });
+        Ok(links.collect())
+    }
+
+    /// Every veth and ifb whose name begins like ours of that kind; veths come first,
+    /// because packets are redirected to a shaper until its veth is gone.
+    pub(crate) async fn devices(&self) -> Result<Vec<Link>, KernelError> {
+        let links = self.all_links().await?;
         let (mut devices, shapers): (Vec<Link>, Vec<Link>) = links
+            .into_iter()
             .filter(|link| {
-                (link.veth && link.name.starts_with(ownership::HOST_VETH_PREFIX))
-                    || (link.ifb && link.name.starts_with(ownership::SHAPER_PREFIX))
+                (link.is_veth() && link.name.starts_with(ownership::HOST_VETH_PREFIX))
+                    || (link.is_ifb() && link.name.starts_with(ownership::SHAPER_PREFIX))
             })
-            .partition(|link| link.veth);
+            .partition(Link::is_veth);
         devices.extend(shapers);
         Ok(devices)
     }
@@ -342,6 +470,58 @@ impl Kernel {
             }
             interface.map(|interface| (interface, gateway))
         }))
+    }
+
+    /// The neighbour entries of an interface that have a MAC.
+    pub(crate) async fn neighbours(&self, index: u32) -> Result<Vec<(IpAddr, Mac)>, KernelError> {
+        let failed = |source| KernelError::Look {
+            what: "neighbour entries".to_owned(),
+            source,
+        };
+        let dump = self.socket.dump(route::encode(pair::get_neighbours()));
+        let mut found = Vec::new();
+        for raw in dump.await.map_err(failed)? {
+            let RouteNetlinkMessage::NewNeighbour(message) = route::decode(&raw).map_err(failed)?
+            else {
+                continue;
+            };
+            if message.header.ifindex != index {
+                continue;
+            }
+            let (mut ip, mut mac) = (None, None);
+            for attribute in &message.attributes {
+                match attribute {
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
+                        ip = Some(IpAddr::from(*v4));
+                    }
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
+                        ip = Some(IpAddr::from(*v6));
+                    }
+                    NeighbourAttribute::LinkLayerAddress(bytes) => {
+                        mac = bytes.as_slice().try_into().ok().map(Mac);
+                    }
+                    _ => {}
+                }
+            }
+            found.extend(ip.zip(mac));
+        }
+        Ok(found)
+    }
+
+    /// Every route, of every table. One that cannot be decoded is of no plugin that
+    /// reports routes.
+    pub(crate) async fn routes(&self) -> Result<Vec<Way>, KernelError> {
+        let failed = |source| KernelError::Look {
+            what: "routes".to_owned(),
+            source,
+        };
+        let dump = self.socket.dump(route::encode(pair::get_routes()));
+        let answers = dump.await.map_err(failed)?;
+        let routes = answers.iter().filter_map(|raw| match route::decode(raw) {
+            Ok(RouteNetlinkMessage::NewRoute(message)) => Way::parse(&message),
+            _ => None,
+        });
+        Ok(routes.collect())
     }
 
     /// Sends one question and decodes what comes back.

@@ -94,6 +94,9 @@ where
         return print(&version::reply(input));
     }
     let config = Config::parse(input)?;
+    if command != Command::Del {
+        config.check_socket()?;
+    }
     match command {
         Command::Add => {
             let attachment = environment.attachment()?;

@@ -20,17 +20,23 @@ const OWN: &str = "/proc/thread-self/ns/net";
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NetnsError {
     #[error(
-        "network namespace {} does not exist: the container is gone", path.display()
+        "network namespace {} (CNI_NETNS) does not exist: the container is gone", path.display()
     )]
     Gone { path: PathBuf },
-    #[error("cannot open network namespace {}: {source}", path.display())]
+    #[error(
+        "cannot open network namespace {} (CNI_NETNS): {source}; it must be the path of one", path.display()
+    )]
     Open { path: PathBuf, source: io::Error },
     #[error(
-        "network namespace {} is the node's own: a pod of the host's network gets no interface", path.display()
+        "network namespace {} (CNI_NETNS) is the node's own: a pod of the host's network gets no interface", path.display()
     )]
     Host { path: PathBuf },
-    #[error("cannot enter network namespace {}: {source}", path.display())]
+    #[error(
+        "cannot enter network namespace {} (CNI_NETNS): {source}; it must be the path of one", path.display()
+    )]
     Enter { path: PathBuf, source: io::Error },
+    #[error("cannot look at the node's own network namespace: {source}")]
+    Own { source: io::Error },
     #[error("cannot return to the node's network namespace: {source}")]
     Return { source: io::Error },
 }
@@ -40,7 +46,9 @@ impl From<NetnsError> for Failure {
         let code = match &error {
             NetnsError::Gone { .. } => Code::UnknownContainer,
             NetnsError::Host { .. } | NetnsError::Enter { .. } => Code::InvalidEnvironment,
-            NetnsError::Open { .. } | NetnsError::Return { .. } => Code::Io,
+            NetnsError::Open { .. } | NetnsError::Own { .. } | NetnsError::Return { .. } => {
+                Code::Io
+            }
         };
         Self::new(code, error.to_string())
     }
@@ -57,10 +65,11 @@ pub(crate) struct Netns {
 impl Netns {
     /// Opens the namespace at `path`, which must not be the one we are in.
     pub(crate) fn open(path: &Path) -> Result<Self, NetnsError> {
-        let open_failed = |path: &Path| {
-            let path = path.to_owned();
-            |source| NetnsError::Open { path, source }
+        let open_failed = |source| NetnsError::Open {
+            path: path.to_owned(),
+            source,
         };
+        let own_failed = |source| NetnsError::Own { source };
         // Who names a pipe in its place must not keep us waiting for the other end.
         let mut options = File::options();
         options.read(true).custom_flags(NONBLOCK);
@@ -70,13 +79,12 @@ impl Netns {
                     path: path.to_owned(),
                 }
             } else {
-                open_failed(path)(source)
+                open_failed(source)
             }
         })?;
-        let own = Path::new(OWN);
-        let host = File::open(own).map_err(open_failed(own))?;
-        let pod_id = pod.metadata().map_err(open_failed(path))?;
-        let host_id = host.metadata().map_err(open_failed(own))?;
+        let host = File::open(OWN).map_err(own_failed)?;
+        let pod_id = pod.metadata().map_err(open_failed)?;
+        let host_id = host.metadata().map_err(own_failed)?;
         if (pod_id.dev(), pod_id.ino()) == (host_id.dev(), host_id.ino()) {
             return Err(NetnsError::Host {
                 path: path.to_owned(),
@@ -127,6 +135,10 @@ mod tests {
         mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0).unwrap();
         let entered = Netns::open(&path).and_then(|netns| netns.inside(|| ()));
         let error = entered.unwrap_err();
-        assert!(error.to_string().contains("cannot enter"), "{error}");
+        let said = error.to_string();
+        assert!(
+            said.contains("cannot enter") && said.contains("CNI_NETNS"),
+            "{said}"
+        );
     }
 }

@@ -15,7 +15,9 @@ use ferrule_model::names::{Attachment, IfName, NetworkName};
 use ferrule_model::ownership;
 use ferrule_netlink::route as netlink_route;
 use ipnetwork::IpNetwork;
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST};
+use netlink_packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
+};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
@@ -234,6 +236,24 @@ pub(crate) fn get_link(name: &str) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(link)
 }
 
+/// Asks for the interface of an index.
+pub(crate) fn get_link_at(index: u32) -> RouteNetlinkMessage {
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    RouteNetlinkMessage::GetLink(link)
+}
+
+/// Asks for the interface of an index in another namespace, by what ours calls that.
+pub(crate) fn get_link_in(namespace: i32, index: u32) -> RouteNetlinkMessage {
+    /// `IFLA_TARGET_NETNSID`, which the library does not know.
+    const TARGET_NETNSID: u16 = 46;
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    let namespace = DefaultNla::new(TARGET_NETNSID, namespace.to_ne_bytes().to_vec());
+    link.attributes = vec![LinkAttribute::Other(namespace)];
+    RouteNetlinkMessage::GetLink(link)
+}
+
 /// Asks for all interfaces of a namespace.
 pub(crate) fn get_links() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(LinkMessage::default())
@@ -252,6 +272,16 @@ pub(crate) fn get_route(ip: IpAddr) -> RouteNetlinkMessage {
 /// Asks for all addresses of a namespace.
 pub(crate) fn get_addresses() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetAddress(AddressMessage::default())
+}
+
+/// Asks for all neighbour entries of a namespace.
+pub(crate) fn get_neighbours() -> RouteNetlinkMessage {
+    RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default())
+}
+
+/// Asks for all routes of a namespace.
+pub(crate) fn get_routes() -> RouteNetlinkMessage {
+    RouteNetlinkMessage::GetRoute(RouteMessage::default())
 }
 
 fn add_address(index: u32, address: IpNetwork) -> Order {

@@ -36,24 +36,30 @@ impl SpecVersion {
     }
 
     /// The version that a configuration names.
-    pub(crate) fn parse(text: Option<&str>) -> Result<Self, Failure> {
+    pub(crate) fn parse(given: Option<&Value>) -> Result<Self, Failure> {
         let known = |text| {
             Self::ALL
                 .into_iter()
                 .find(|version| version.as_str() == text)
         };
-        text.and_then(known).ok_or_else(|| {
-            let given = text.map_or("is missing, which means 0.1.0".to_owned(), |text| {
-                format!("is {:?}", text.chars().take(32).collect::<String>())
-            });
-            Failure::new(
-                Code::IncompatibleVersion,
-                format!(
-                    "cniVersion of the network configuration {given}: set it to one of {}",
-                    Self::ALL.map(Self::as_str).join(", ")
-                ),
-            )
-        })
+        given
+            .and_then(Value::as_str)
+            .and_then(known)
+            .ok_or_else(|| {
+                let given = given.map_or("is missing, which means 0.1.0".to_owned(), |value| {
+                    format!(
+                        "is {}",
+                        value.to_string().chars().take(32).collect::<String>()
+                    )
+                });
+                Failure::new(
+                    Code::IncompatibleVersion,
+                    format!(
+                        "cniVersion of the network configuration {given}: set it to one of {}",
+                        Self::ALL.map(Self::as_str).join(", ")
+                    ),
+                )
+            })
     }
 
     /// Fails unless the version has `verb`, which came with `since`.
@@ -107,11 +113,21 @@ mod tests {
 
     #[test]
     fn versions_we_cannot_write_are_refused() {
-        assert_eq!(SpecVersion::parse(Some("1.1.0")), Ok(SpecVersion::V1_1_0));
-        for bad in [None, Some(""), Some("0.2.0"), Some("1.0"), Some("2.0.0")] {
-            let failure = SpecVersion::parse(bad).unwrap_err();
+        let parse = |value: &Value| SpecVersion::parse(Some(value));
+        assert_eq!(parse(&json!("1.1.0")), Ok(SpecVersion::V1_1_0));
+        let missing = SpecVersion::parse(None).unwrap_err().to_string();
+        assert!(missing.contains("is missing"), "{missing}");
+        for (bad, words) in [
+            (json!(""), "is \"\""),
+            (json!("0.2.0"), "is \"0.2.0\""),
+            (json!("1.0"), "is \"1.0\""),
+            (json!(1), "is 1:"),
+            (json!(null), "is null:"),
+        ] {
+            let failure = parse(&bad).unwrap_err();
             assert_eq!(failure.code(), Code::IncompatibleVersion);
-            assert!(failure.to_string().contains("0.3.1"), "{failure}");
+            let said = failure.to_string();
+            assert!(said.contains("0.3.1") && said.contains(words), "{said}");
         }
         assert!(
             SpecVersion::V0_3_1

@@ -133,7 +133,9 @@ fn mac(text: &str) -> Result<Mac, String> {
     let mut bytes = [0; 6];
     let mut parts = text.split([':', '-']);
     for byte in &mut bytes {
-        let part = parts.next().filter(|part| part.len() == 2);
+        // `from_str_radix` takes a sign as well.
+        let digits = |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        let part = parts.next().filter(digits);
         *byte = part
             .and_then(|part| u8::from_str_radix(part, 16).ok())
             .ok_or_else(|| wrong("it must be six bytes, such as 02:42:ac:11:00:02"))?;
@@ -236,6 +238,11 @@ mod tests {
             ),
             (
                 json!({"runtimeConfig": {"mac": "2:0:0:0:0:0"}}),
+                "",
+                "six bytes",
+            ),
+            (
+                json!({"runtimeConfig": {"mac": "+2:00:00:00:00:01"}}),
                 "",
                 "six bytes",
             ),

@@ -5,7 +5,8 @@
 mod support;
 
 use std::fs;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use ferrule_api::ErrorCode;
 use serde_json::{Value, json};
@@ -339,6 +340,7 @@ fn the_link_of_an_earlier_life_makes_way() {
     let node = Node::new();
     let (old, new) = (Pod::new(), Pod::new());
     node.add("abc", &old);
+    old.inside(|| ip("link set eth0 down"));
     node.add("abc", &new);
     assert_eq!(our_links().len(), 1);
     assert!(
@@ -348,6 +350,121 @@ fn the_link_of_an_earlier_life_makes_way() {
             .is_empty()
     );
     connect(|| listen(NODE_V4), |target| new.inside(|| dial(target)));
+}
+
+/// A pod lives by it, whatever the runtime has forgotten.
+#[test]
+fn the_link_of_a_pod_that_lives_stays_with_its_lease() {
+    let mut node = Node::new();
+    let (live, other) = (Pod::new(), Pod::new());
+    let result = node.add("abc", &live);
+    for (fields, code) in [
+        (json!({}), 101),
+        (json!({"prevResult": []}), 7),
+        (json!({"prevResult": {"interfaces": [5]}}), 7),
+        (json!({"mtu": 1000}), 101),
+    ] {
+        node.extra = fields;
+        let error = node.call("ADD", "abc", &other.path()).error(code);
+        let message = error["msg"].as_str().unwrap();
+        if code == 101 {
+            assert!(
+                message.contains("has a network already") && message.contains("CNI_NETNS"),
+                "{message}"
+            );
+        }
+        assert_eq!((our_links().len(), node.agent.leases()), (1, 1));
+    }
+    node.extra = json!({"prevResult": result});
+    node.call("CHECK", "abc", &live.path()).result();
+    connect(|| listen(NODE_V4), |target| live.inside(|| dial(target)));
+    // Its namespace goes, once the kernel has closed the connection, and with it what was
+    // in the way.
+    node.extra = json!({});
+    drop(live);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while node.call("ADD", "abc", &other.path()).code != Some(0) {
+        assert!(Instant::now() < deadline, "the namespace is still in use");
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!((our_links().len(), node.agent.leases()), (1, 1));
+}
+
+#[test]
+fn a_lease_that_is_older_than_a_failed_add_stays() {
+    let mut node = Node::new();
+    let pod = Pod::new();
+    let addresses = ["10.1.0.2/32", "fd01::2/128"];
+    let foreign = format!("-6 route add {FIRST_V6}/128 dev uplink");
+    for (mtu, foreign, code) in [(json!(1000), None, 7), (json!(null), Some(foreign), 101)] {
+        node.extra = json!({"mtu": mtu});
+        if let Some(foreign) = foreign {
+            ip(&foreign);
+        }
+        node.agent.lease(attachment("old"), &addresses);
+        node.call("ADD", "old", &pod.path()).error(code);
+        assert_eq!(node.agent.leases(), 1, "the older lease has ended");
+        node.agent.forget(&attachment("old"));
+        node.call("ADD", "new", &pod.path()).error(code);
+        node.assert_clean();
+    }
+}
+
+#[test]
+fn what_stands_before_us_is_looked_at_before_anything_is_made() {
+    let mut node = Node::new();
+    let pod = Pod::new();
+    for (before, field) in [
+        (json!([]), "prevResult of"),
+        (json!({"interfaces": [5]}), "prevResult.interfaces[0] of"),
+        (
+            json!({"ips": [{"address": "zz"}]}),
+            "prevResult.ips[0].address of",
+        ),
+        (
+            json!({"ips": [{"address": "10.9.0.2/24", "interface": 99}]}),
+            "prevResult.ips[0].interface of",
+        ),
+    ] {
+        node.extra = json!({"prevResult": before});
+        let error = node.call("ADD", "abc", &pod.path()).error(7);
+        let message = error["msg"].as_str().unwrap();
+        assert!(message.starts_with(field), "{message}");
+        assert_eq!(
+            *node.agent.ports.lock().unwrap(),
+            None,
+            "the agent was asked"
+        );
+        node.assert_clean();
+    }
+}
+
+#[test]
+fn a_namespace_has_one_interface_of_ours() {
+    let node = Node::new();
+    let pod = Pod::new();
+    let named = |name| [("CNI_IFNAME", name)];
+    let add = |container, name| node.call_with("ADD", container, &pod.path(), &named(name));
+    add("abc", "e0").result();
+    for container in ["abc", "xyz"] {
+        let error = add(container, "e1").error(101);
+        let message = error["msg"].as_str().unwrap();
+        assert!(
+            message.contains("has interface e0 by ferrule already, that of abc/e0"),
+            "{message}"
+        );
+        assert_eq!((our_links().len(), node.agent.leases()), (1, 1));
+    }
+    connect(|| listen(NODE_V4), |target| pod.inside(|| dial(target)));
+    node.call_with("DEL", "abc", &pod.path(), &named("e0"))
+        .result();
+    add("abc", "e1").result();
+    node.call_with("DEL", "abc", &pod.path(), &named("e1"))
+        .result();
+    // Another plugin's veth is none of ours.
+    ip("link add host0 type veth peer name net1");
+    ip(&format!("link set net1 netns {}", pod.path()));
+    add("abc", "e1").result();
 }
 
 #[test]

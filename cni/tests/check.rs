@@ -52,6 +52,15 @@ fn each_difference_is_named() {
             "link set eth0 address 02:00:00:00:00:01",
             "MAC 02:00:00:00:00:01",
         ),
+        ("link set eth0 mtu 9000", "eth0 has MTU 9000"),
+        (
+            "neigh del 169.254.1.1 dev eth0",
+            "neighbour entry for 169.254.1.1 is missing",
+        ),
+        (
+            "neigh replace fe80::1 lladdr 02:00:00:00:00:01 nud permanent dev eth0",
+            "neighbour entry for fe80::1 has MAC 02:00:00:00:00:01 instead of",
+        ),
     ] {
         let (node, pod, _) = added();
         pod.inside(|| ip(broken));
@@ -66,6 +75,51 @@ fn each_difference_is_named() {
     let said = difference(&node, &pod);
     assert!(said.contains("eth0 of the pod is missing"), "{said}");
     assert!(said.contains(host), "{said}");
+}
+
+/// What other plugins of the list made: ADD accepts it, and it is not ours to judge,
+/// but for routes that are gone.
+#[test]
+fn what_other_plugins_made() {
+    let mut node = Node::new();
+    let pod = Pod::new();
+    pod.inside(|| {
+        ip("link add net1 type veth peer name far");
+        ip("addr add 10.9.0.2/24 dev net1");
+        ip("link set far up");
+        ip("link set net1 up");
+        ip("route add default via 10.9.0.1 dev net1 metric 100");
+        ip("route add 10.8.0.0/16 via 10.9.0.1 dev net1 table 77");
+    });
+    node.extra = json!({"prevResult": {
+        "cniVersion": "1.0.0",
+        "interfaces": [{"name": "net1", "sandbox": pod.path()}],
+        "ips": [{"address": "10.9.0.2/24", "gateway": "10.9.0.1"}],
+        "routes": [{"dst": "0.0.0.0/0", "gw": "10.9.0.1"}, {"dst": "10.8.0.0/16", "gw": "10.9.0.1"}],
+    }});
+    let result = node.add("abc", &pod);
+    node.extra = json!({"prevResult": result});
+    node.call("CHECK", "abc", &pod.path()).result();
+    pod.inside(|| ip("route del 10.8.0.0/16 table 77"));
+    let said = difference(&node, &pod);
+    assert!(said.contains("route to 10.8.0.0/16"), "{said}");
+    pod.inside(|| ip("route add 10.8.0.0/16 via 10.9.0.1 dev net1 table 77"));
+    node.call("CHECK", "abc", &pod.path()).result();
+    pod.inside(|| ip("route del default dev eth0"));
+    assert!(difference(&node, &pod).contains("route to 0.0.0.0/0"));
+}
+
+/// Since 1.1.0 the result tells the MTU.
+#[test]
+fn an_mtu_that_was_reported_is_compared() {
+    let mut node = Node::new();
+    node.version = "1.1.0";
+    let pod = Pod::new();
+    let result = node.add("abc", &pod);
+    node.extra = json!({"prevResult": result});
+    node.call("CHECK", "abc", &pod.path()).result();
+    pod.inside(|| ip("link set eth0 mtu 1300"));
+    assert!(difference(&node, &pod).contains("eth0 has MTU 1300 instead of"));
 }
 
 #[test]

@@ -52,7 +52,8 @@ fn an_environment_that_is_not_right_is_named() {
         ("CNI_IFNAME", "eth0"),
         ("CNI_NETNS", "/run/netns/that-never-was"),
     ];
-    run(&good, CONFIG).error(3);
+    let error = run(&good, CONFIG).error(3);
+    assert!(error["msg"].as_str().unwrap().contains("CNI_NETNS"));
     for (variable, value) in [
         ("CNI_CONTAINERID", ""),
         ("CNI_CONTAINERID", "../etc"),
@@ -62,6 +63,7 @@ fn an_environment_that_is_not_right_is_named() {
         ("CNI_NETNS", ""),
         ("CNI_NETNS", "relative"),
         ("CNI_ARGS", "K8S_POD_NAMESPACE=a;K8S_POD_NAME=b\nc"),
+        ("CNI_ARGS", "K8S_POD_NAMESPACE=a;K8S_POD_NAME=.."),
     ] {
         let mut variables = good.to_vec();
         variables.push((variable, value));
@@ -93,9 +95,17 @@ fn files_that_are_no_pods_namespace() {
         ("/etc/hostname", 4),
         ("/proc/self/ns/net", 4),
     ] {
-        node.call("ADD", "abc", path).error(code);
+        let error = node.call("ADD", "abc", path).error(code);
+        assert!(error["msg"].as_str().unwrap().contains("CNI_NETNS"));
         node.assert_clean();
     }
+    node.extra = json!({"agentSocket": node.socket().with_file_name("a".repeat(200))});
+    for verb in ["ADD", "CHECK"] {
+        let error = node.call(verb, "abc", &Pod::new().path()).error(7);
+        assert!(error["msg"].as_str().unwrap().contains("agentSocket"));
+    }
+    node.del("abc", "");
+    node.drain();
     node.extra = json!({"prevResult": []});
     node.call("ADD", "abc", &Pod::new().path()).error(7);
     node.assert_clean();

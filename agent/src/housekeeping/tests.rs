@@ -355,7 +355,7 @@ fn an_address_in_use_is_given_to_nobody() {
         let leased = pods
             .leases()
             .allocate(&Wanted::new(attachment(who)), at(200));
-        leased.map(|ips| ips[0])
+        leased.map(|leased| leased.addresses[0])
     };
     assert_eq!(add("b").unwrap(), of(5).0);
     assert_eq!(add("c").unwrap(), of(6).0);

@@ -16,7 +16,8 @@ fn attachment(number: u8) -> Attachment {
 }
 
 fn allocate(leases: &Leases, who: &Attachment) -> Result<Vec<IpAddr>, LeaseError> {
-    leases.allocate(&Wanted::new(who.clone()), Moment::default())
+    let given = leases.allocate(&Wanted::new(who.clone()), Moment::default());
+    given.map(|given| given.addresses)
 }
 
 fn ranges() -> Vec<PodRange> {
@@ -162,7 +163,8 @@ fn addresses_that_are_asked_for() {
             ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
             ..Wanted::new(attachment(number))
         };
-        leases.allocate(&wanted, Moment::default())
+        let given = leases.allocate(&wanted, Moment::default());
+        given.map(|given| given.addresses)
     };
     let both = ask(1, &["fd00:1::9", "10.1.0.9"]).unwrap();
     assert_eq!(
@@ -200,9 +202,12 @@ fn a_lease_ends_only_while_it_should() {
         seconds,
     };
     let old = |record: &Record| record.since == Some(at(1));
-    leases.allocate(&Wanted::new(attachment(1)), at(1)).unwrap();
+    let first = leases.allocate(&Wanted::new(attachment(1)), at(1)).unwrap();
+    assert!(!first.renewed);
     // An ADD asks anew just before it would have ended.
-    let held = leases.allocate(&Wanted::new(attachment(1)), at(2)).unwrap();
+    let again = leases.allocate(&Wanted::new(attachment(1)), at(2)).unwrap();
+    assert!(again.renewed);
+    let held = again.addresses;
     assert!(!leases.release_if(&attachment(1), old).unwrap());
     assert!(!leases.release_if(&attachment(2), |_| true).unwrap());
     leases.allocate(&Wanted::new(attachment(1)), at(1)).unwrap();
@@ -228,7 +233,8 @@ fn host_ports_live_and_end_with_their_lease() {
             ports: ports.to_vec(),
             ..Wanted::new(who.clone())
         };
-        leases.allocate(&wanted, Moment::default())
+        let given = leases.allocate(&wanted, Moment::default());
+        given.map(|given| given.addresses)
     };
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("leases.redb");
@@ -283,4 +289,44 @@ fn host_ports_live_and_end_with_their_lease() {
     open.release_while(&a, || true).unwrap();
     assert_eq!(open.changed_host_ports(), [(a, None)]);
     ask(open, &b, &[port]).unwrap();
+}
+
+/// A node that says no pod can come gets none, so nothing but this tries the disk again.
+#[test]
+fn a_disk_that_serves_again_is_found_out_without_a_pod() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.redb");
+    let leases = Leases::open(&path).unwrap();
+    leases.set_ranges(ranges());
+    let held = allocate(&leases, &attachment(1)).unwrap();
+    leases.try_disk().unwrap();
+    let full = redb::Error::Io(rustix::io::Errno::NOSPC.into());
+    let error = leases.failed(&mut leases.lock(), full);
+    assert!(
+        matches!(&error, LeaseError::File(error) if error.may_pass()),
+        "{error}"
+    );
+    // What was read anew says nothing of a write.
+    assert_eq!(
+        leases.find(&attachment(1)).unwrap().unwrap().addresses,
+        held
+    );
+    assert!(leases.trouble().is_some());
+    leases.try_disk().unwrap();
+    assert!(leases.trouble().is_none());
+    assert_eq!(leases.page(None, 9).unwrap().len(), 1);
+    assert_eq!(leases.count(), 1);
+
+    let aside = dir.path().join("aside");
+    let fault = redb::Error::Io(rustix::io::Errno::NOSPC.into());
+    leases.failed(&mut leases.lock(), fault);
+    std::fs::rename(&path, &aside).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    assert!(leases.try_disk().is_err());
+    assert_eq!(leases.trouble().unwrap().attempts, 2);
+    std::fs::remove_dir(&path).unwrap();
+    std::fs::rename(&aside, &path).unwrap();
+    leases.try_disk().unwrap();
+    assert!(leases.trouble().is_none());
+    assert_eq!(allocate(&leases, &attachment(1)).unwrap(), held);
 }

@@ -88,6 +88,7 @@ fn several_exchanges_go_over_one_connection() {
                 "fd00::2/128".parse().unwrap(),
             ],
             mtu: 1450,
+            renewed: false,
         };
         let line = encode(&Reply::new(Answer::Allocated(allocation))).unwrap();
         // In pieces, as a stream may deliver it.

@@ -196,11 +196,16 @@ impl Agent {
                     let mut networks = self.networks.lock().unwrap();
                     networks.insert(wanted.attachment.clone(), network.to_string());
                 }
+                let renewed = leases.contains_key(&wanted.attachment);
                 let allocation = leases.entry(wanted.attachment).or_insert(Allocation {
                     addresses,
                     mtu: MTU,
+                    renewed: false,
                 });
-                Answer::Allocated(allocation.clone())
+                Answer::Allocated(Allocation {
+                    renewed,
+                    ..allocation.clone()
+                })
             }
             Call::Release { attachment } => {
                 leases.remove(&attachment);
@@ -265,6 +270,7 @@ impl Agent {
         let allocation = Allocation {
             addresses,
             mtu: MTU,
+            renewed: false,
         };
         self.leases.lock().unwrap().insert(attachment, allocation);
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use ferrule_api::{Answer, Call, Client, ErrorCode, Wanted};
+use ferrule_api::{Answer, Call, CallError, Client, ErrorCode, Wanted};
 use ferrule_model::names::{Attachment, ContainerId, IfName};
 
 use super::status;
@@ -74,12 +74,18 @@ fn first_start(context: &Context, node: &Node, disk: &Disk) -> anyhow::Result<()
     let socket = node.socket();
     let error = wait::for_some("an error", wait::SETTLED, || {
         match allocate(&socket, "first")? {
-            Answer::Error(error) if error.code == ErrorCode::NotReady => Ok(None),
-            Answer::Error(error) => Ok(Some(error.message)),
+            Answer::Error(error) if is_not_ready(&error) => Ok(None),
+            Answer::Error(error) => Ok(Some(error)),
             other => bail!("on a full disk: {other:?}"),
         }
     })?;
-    ensure!(error.contains("the disk is full"), "{error}");
+    // To be tried again, and no ADD would work now.
+    ensure!(error.code == ErrorCode::NotReady, "{error:?}");
+    ensure!(error.message.contains("the disk is full"), "{error}");
+    match ask(&socket, Call::Ready)? {
+        Answer::Error(error) => ensure!(error.message.contains("the disk is full"), "{error}"),
+        other => bail!("ready on a full disk: {other:?}"),
+    }
     wait::until_ok("a problem in status", wait::SETTLED, || {
         let told = status(context, node)?["problems"].to_string();
         ensure!(
@@ -89,10 +95,15 @@ fn first_start(context: &Context, node: &Node, disk: &Disk) -> anyhow::Result<()
         Ok(())
     })?;
     disk.free()?;
+    // Without a pod that comes or goes.
+    wait::until_ok("no problem in status", wait::SETTLED, || {
+        let told = status(context, node)?["problems"].to_string();
+        ensure!(!told.contains("no address can be leased"), "{told}");
+        Ok(())
+    })?;
+    ensure!(ask(&socket, Call::Ready)? == Answer::Ready, "not ready");
     let mut pod = Pod::create(context, "first")?;
     pod.add(node)?;
-    let told = status(context, node)?["problems"].to_string();
-    ensure!(!told.contains("no address can be leased"), "{told}");
     pod.del(node)
 }
 
@@ -205,7 +216,7 @@ impl Runtime {
         let container = format!("c{}", self.next);
         let answer = wait::for_some("a ready agent", wait::SETTLED, || {
             Ok(match allocate(socket, &container)? {
-                Answer::Error(error) if error.code == ErrorCode::NotReady => None,
+                Answer::Error(error) if is_not_ready(&error) => None,
                 answer => Some(answer),
             })
         })?;
@@ -235,6 +246,11 @@ fn start(node: &Node) -> anyhow::Result<()> {
     wait::until_ok("an answer", wait::SETTLED, || {
         ask(&node.socket(), Call::Status).map(drop)
     })
+}
+
+/// Whether the agent has yet to look around, which a disk that is full is not.
+fn is_not_ready(error: &CallError) -> bool {
+    error.code == ErrorCode::NotReady && !error.message.contains("the disk is full")
 }
 
 /// A failure is told as what it is.
