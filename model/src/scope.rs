@@ -9,6 +9,9 @@ use crate::cluster::Left;
 use crate::drain::Server;
 use crate::service::ServiceKey;
 
+/// How much of what was said of backends waits to be followed.
+const MOST_TOLD: usize = 65_536;
+
 /// Addresses whose desired state may have changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scope {
@@ -34,6 +37,12 @@ impl Scope {
         self.vips.extend(other.vips);
         self.hairpins.extend(other.hairpins);
         self.marked.extend(other.marked);
+        // Where nothing can be followed for long, the oldest of it tells least: without it a
+        // drain lasts until its bound.
+        if self.left.len() + self.ended.len() > MOST_TOLD {
+            self.left.clear();
+            self.ended.clear();
+        }
         self.ended.extend(other.ended);
         self.left.extend(other.left);
     }

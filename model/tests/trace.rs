@@ -26,15 +26,7 @@ use ferrule_model::view::NodeView;
 const VIP: &str = "10.96.0.10:80/tcp";
 const BALANCER: &str = "203.0.113.10:80/tcp";
 
-/// A Service with an endpoint here and one elsewhere; for clients from beyond, policy Local.
-fn view() -> NodeView {
-    let mut node = Node::default();
-    "node-a".clone_into(&mut node.metadata.name);
-    node.spec.pod_cidrs = vec!["10.244.1.0/24".to_owned()];
-    node.status.addresses = vec![NodeAddress {
-        kind: AddressKind::InternalIP,
-        address: "192.0.2.1".to_owned(),
-    }];
+fn service() -> Service {
     let mut service = Service::default();
     "web".clone_into(&mut service.metadata.name);
     let spec = &mut service.spec;
@@ -49,6 +41,18 @@ fn view() -> NodeView {
     service.status.load_balancer.ingress = vec![LoadBalancerIngress {
         ip: "203.0.113.10".to_owned(),
         ..LoadBalancerIngress::default()
+    }];
+    service
+}
+
+/// A Service with an endpoint here and one elsewhere; for clients from beyond, policy Local.
+fn view() -> NodeView {
+    let mut node = Node::default();
+    "node-a".clone_into(&mut node.metadata.name);
+    node.spec.pod_cidrs = vec!["10.244.1.0/24".to_owned()];
+    node.status.addresses = vec![NodeAddress {
+        kind: AddressKind::InternalIP,
+        address: "192.0.2.1".to_owned(),
     }];
     let mut slice = EndpointSlice::default();
     "web".clone_into(&mut slice.metadata.name);
@@ -70,7 +74,7 @@ fn view() -> NodeView {
         .into();
     let objects = [
         Object::Node(node),
-        Object::Service(service),
+        Object::Service(service()),
         Object::EndpointSlice(slice),
     ];
     let mut view = NodeView::new("node-a", Policy::default());
@@ -262,4 +266,32 @@ fn a_process_comes_by_no_device() {
     let own = QuestionError::OwnByDevice("192.0.2.1".parse().unwrap());
     assert_eq!(Trace::new(&view, &asked), Err(own.clone()));
     assert_eq!(scope(&view, &asked), Err(own));
+}
+
+/// Such a client would look in vain for a backend that is down.
+#[test]
+fn whom_a_hash_leads_to_weight_0_is_told() {
+    for (scheduler, flags, is_told) in [
+        ("sh", "", true),
+        ("sh", "flag-1", false),
+        ("dh", "flag-1", true),
+        ("rr", "", false),
+    ] {
+        let mut service = service();
+        service.metadata.annotations.extend(
+            [
+                ("ferrule.io/scheduler", scheduler),
+                ("ferrule.io/scheduler-flags", flags),
+                ("ferrule.io/endpoint-weights", "10.244.2.11=0"),
+            ]
+            .map(|(key, value)| (key.to_owned(), value.to_owned())),
+        );
+        let mut view = view();
+        view.take([Event::Applied(Box::new(Object::Service(service)))]);
+        let question = question("10.244.1.12", "10.96.0.10:80/TCP");
+        let trace = format!("{:?}", Trace::new(&view, &question).unwrap());
+        assert!(trace.contains("and 1 of weight 0"), "{trace}");
+        let told = trace.contains("whom the hash leads to one of those is refused");
+        assert_eq!(told, is_told, "{scheduler} {flags}: {trace}");
+    }
 }

@@ -231,6 +231,9 @@ fn balancing(walk: &Walk<'_>) -> Option<String> {
     let _ = write!(words, ", {}", count(usable, "backend"));
     if usable < backends.len() {
         let _ = write!(words, " and {} of weight 0", backends.len() - usable);
+        if scheduling.clone().around_weight_0() != *scheduling {
+            words.push_str("; whom the hash leads to one of those is refused");
+        }
     }
     words.push('.');
     Some(words)
