@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use ferrule_api::status::{SocketStatus, Status};
-use ferrule_api::{Answer, Call, Client, Wanted};
+use ferrule_api::{Allocation, Answer, Call, Client, Wanted};
 use rustix::process::Uid;
 use rustix::thread::{set_thread_groups, set_thread_res_uid};
 
@@ -155,10 +155,11 @@ fn serves(socket: &Path) -> anyhow::Result<()> {
         Answer::Allocated(first) => {
             ensure!(first.addresses.len() == 2, "{first:?}");
             let again = client.call(allocate)?;
-            ensure!(
-                again == Answer::Allocated(first),
-                "another lease: {again:?}"
-            );
+            let same = Allocation {
+                renewed: true,
+                ..first
+            };
+            ensure!(again == Answer::Allocated(same), "another lease: {again:?}");
         }
         other => bail!("allocate: {other:?}"),
     }
