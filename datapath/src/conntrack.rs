@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ferrule_model::address::{BackendAddr, FrontendAddr};
+use ferrule_model::address::{BackendAddr, FrontendAddr, Protocol};
 use ferrule_netlink::{Error, Protocol as Netlink, RawMessage, Socket};
 use netlink_packet_core::{DefaultNla, Emitable as _, NlasIterator};
 
@@ -23,6 +23,7 @@ const HEADER: usize = 4;
 /// `CTA_*` of `linux/netfilter/nfnetlink_conntrack.h`.
 const ORIGINAL: u16 = 1;
 const REPLY: u16 = 2;
+const STATUS: u16 = 3;
 const PROTOCOL_STATE: u16 = 4;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
@@ -48,6 +49,10 @@ const ENDED: [u8; 3] = [6, 7, 8];
 /// number and the destination's port.
 const FILTER_ORIGINAL: u16 = 1;
 const FILTER_FLAGS: u32 = 1 << 1 | 1 << 3 | 1 << 5;
+/// The same of the source.
+const FILTER_SOURCE: u32 = 1 | 1 << 3 | 1 << 4;
+/// `IPS_SEEN_REPLY`.
+const ANSWERED: u32 = 1 << 1;
 
 /// `NLA_F_NESTED`, and what of a kind is no flag.
 const NESTED: u16 = 1 << 15;
@@ -115,6 +120,41 @@ impl Conntrack {
 type Key = (IpAddr, u8, u16);
 
 impl Conntrack {
+    /// Forgets what a backend sent from its port and nobody answered, and returns how many there
+    /// were. An answer that was on its way when its flow was forgotten stands as a flow of its own
+    /// for half a minute (`nf_conntrack_udp_timeout`): a flow of the same client that comes back
+    /// to this backend has the same addresses in its answers, and the kernel drops each of its
+    /// packets for that.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn forget_strays(
+        &self,
+        protocol: Protocol,
+        backend: &BackendAddr,
+    ) -> Result<usize, Error> {
+        let key = (backend.ip, protocol.number(), backend.port);
+        let mut orders = Vec::new();
+        for answer in self.socket.dump(question_of(key)).await? {
+            if let Some(entry) = Entry::read(&answer.body)
+                && entry.source == Some(key)
+                && entry.status.is_some_and(|status| status & ANSWERED == 0)
+            {
+                let order = entry.order(family_of(backend.ip));
+                orders.push((RawMessage::new(DELETE, order), 0));
+            }
+        }
+        let mut forgotten = 0;
+        for result in self.socket.batch(orders).await {
+            match result {
+                Ok(()) => forgotten += 1,
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(forgotten)
+    }
+
     /// Backends with connections of TCP to a frontend that have not ended in both directions.
     /// IPVS counts the half closed ones with those that have ended.
     ///
@@ -138,7 +178,28 @@ fn frontend_key(frontend: &FrontendAddr) -> Key {
 }
 
 fn family(frontend: &FrontendAddr) -> u8 {
-    if frontend.ip.is_ipv4() { INET } else { INET6 }
+    family_of(frontend.ip)
+}
+
+fn family_of(ip: IpAddr) -> u8 {
+    if ip.is_ipv4() { INET } else { INET6 }
+}
+
+/// Everything whose original source is this.
+fn question_of((ip, number, port): Key) -> RawMessage {
+    let source = match ip {
+        IpAddr::V4(ip) => DefaultNla::new(V4_SOURCE, ip.octets().to_vec()),
+        IpAddr::V6(ip) => DefaultNla::new(V6_SOURCE, ip.octets().to_vec()),
+    };
+    let number = DefaultNla::new(PROTO_NUMBER, vec![number]);
+    let port = DefaultNla::new(PROTO_SOURCE, port.to_be_bytes().to_vec());
+    let tuple = [
+        nested(TUPLE_IP, &[source]),
+        nested(TUPLE_PROTO, &[number, port]),
+    ];
+    let flags = DefaultNla::new(FILTER_ORIGINAL, FILTER_SOURCE.to_ne_bytes().to_vec());
+    let attributes = [nested(ORIGINAL, &tuple), nested(FILTER, &[flags])];
+    RawMessage::new(GET, body(family_of(ip), &attributes))
 }
 
 /// Everything whose original destination is the frontend.
@@ -174,6 +235,9 @@ fn body(family: u8, attributes: &[DefaultNla]) -> Vec<u8> {
 /// What of an entry matters.
 struct Entry {
     destination: Key,
+    source: Option<Key>,
+    /// `enum ip_conntrack_status`.
+    status: Option<u32>,
     /// Where answers come from: the backend, as IPVS has written it.
     backend: Option<BackendAddr>,
     /// `enum tcp_conntrack`.
@@ -186,16 +250,18 @@ impl Entry {
     /// `None` for what is no connection between ports.
     fn read(message: &[u8]) -> Option<Self> {
         let (mut destination, mut backend, mut state) = (None, None, None);
-        let mut names = Vec::new();
+        let (mut source, mut status, mut names) = (None, None, Vec::new());
         for (kind, value) in attributes(message.get(HEADER..)?) {
             match kind {
                 ORIGINAL => {
                     destination = tuple(&value, V4_DESTINATION, V6_DESTINATION, PROTO_DESTINATION);
+                    source = tuple(&value, V4_SOURCE, V6_SOURCE, PROTO_SOURCE);
                 }
                 REPLY => {
                     let key = tuple(&value, V4_SOURCE, V6_SOURCE, PROTO_SOURCE);
                     backend = key.map(|(ip, _, port)| BackendAddr::new(ip, port));
                 }
+                STATUS => status = <[u8; 4]>::try_from(&*value).ok().map(u32::from_be_bytes),
                 PROTOCOL_STATE => state = tcp_state(&value),
                 _ => {}
             }
@@ -207,6 +273,8 @@ impl Entry {
         }
         Some(Self {
             destination: destination?,
+            source,
+            status,
             backend,
             state,
             names,
@@ -265,8 +333,6 @@ fn attributes(bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
 
 #[cfg(test)]
 mod tests {
-    use ferrule_model::address::Protocol;
-
     use super::*;
 
     fn entry(frontend: &FrontendAddr, backend: BackendAddr) -> Vec<u8> {

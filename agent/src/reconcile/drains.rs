@@ -17,6 +17,7 @@ use ferrule_model::desired::Scope;
 use ferrule_model::drain::{End, Server};
 use ferrule_model::observed::Observed;
 use ferrule_model::service::ServiceKey;
+use ferrule_netlink::Error;
 use tracing::{info, warn};
 
 use super::Reconciler;
@@ -36,6 +37,11 @@ const AT_ONCE: usize = 256;
 /// whole table for each frontend.
 const FORGETTING: Duration = Duration::from_millis(50);
 
+/// For how long an answer that came too late may be in the way of its flow, and how many
+/// backends are remembered for that.
+const STRAY: Duration = Duration::from_mins(3);
+const MOST_REMOVED: usize = 4096;
+
 /// What is kept about backends that leave.
 #[derive(Debug)]
 pub(super) struct Drains {
@@ -50,6 +56,11 @@ pub(super) struct Drains {
     ended: BTreeMap<&'static str, u64>,
     /// Flows that led to backends which are gone.
     stale: BTreeSet<(FrontendAddr, BackendAddr)>,
+    /// Backends of UDP and SCTP that were removed, and when: their last answers may be flows of
+    /// their own now.
+    removed: BTreeMap<(Protocol, BackendAddr), Instant>,
+    /// Those of them that are back.
+    back: BTreeSet<(Protocol, BackendAddr)>,
     conntrack: Option<Conntrack>,
     forgotten: u64,
     failed: u64,
@@ -71,6 +82,8 @@ impl Drains {
             look_at: start,
             ended: End::ALL.map(|end| (end.name(), 0)).into(),
             stale: BTreeSet::new(),
+            removed: BTreeMap::new(),
+            back: BTreeSet::new(),
             conntrack: None,
             forgotten: 0,
             failed: 0,
@@ -92,12 +105,19 @@ impl Drains {
 
     /// Whether there is something that should not wait for the next tick.
     pub(super) fn is_busy(&self) -> bool {
-        !self.fresh.is_empty() || !self.stale.is_empty()
+        !self.fresh.is_empty() || !self.stale.is_empty() || !self.back.is_empty()
     }
 
     /// One frontend at least, so that it comes to an end.
     async fn forget(&mut self) {
         let start = Instant::now();
+        while let Some((protocol, backend)) = self.back.pop_first() {
+            self.forget_by(async |conntrack| conntrack.forget_strays(protocol, &backend).await)
+                .await;
+            if start.elapsed() >= FORGETTING {
+                return;
+            }
+        }
         while let Some((frontend, _)) = self.stale.first().copied() {
             let (now, later) = std::mem::take(&mut self.stale)
                 .into_iter()
@@ -111,13 +131,35 @@ impl Drains {
     }
 
     async fn forget_these(&mut self, gone: &BTreeSet<(FrontendAddr, BackendAddr)>) {
+        self.forget_by(async |conntrack| conntrack.forget(gone).await)
+            .await;
+    }
+
+    /// Takes in that a backend of UDP or SCTP was removed, or is there again.
+    fn note_flows(&mut self, protocol: Protocol, backend: BackendAddr, is_back: bool) {
+        let now = Instant::now();
+        if is_back {
+            if self.removed.remove(&(protocol, backend)).is_some() {
+                self.back.insert((protocol, backend));
+            }
+        } else {
+            if self.removed.len() >= MOST_REMOVED {
+                self.removed.clear();
+            }
+            self.removed
+                .retain(|_, at| now.saturating_duration_since(*at) < STRAY);
+            self.removed.insert((protocol, backend), now);
+        }
+    }
+
+    async fn forget_by(&mut self, work: impl AsyncFnOnce(&Conntrack) -> Result<usize, Error>) {
         let conntrack = match self.conntrack.take() {
             Some(conntrack) => Ok(conntrack),
             None => Conntrack::open(),
         };
         let outcome = match conntrack {
             Ok(conntrack) => {
-                let outcome = conntrack.forget(gone).await;
+                let outcome = work(&conntrack).await;
                 // A socket in doubt is replaced by a new one.
                 self.conntrack = outcome.is_ok().then_some(conntrack);
                 outcome
@@ -153,6 +195,12 @@ impl Reconciler {
     pub(super) fn note_leaving(&mut self, done: &[Change], before: &Observed) {
         for change in done {
             let (key, gone): (ServiceKey, Vec<BackendAddr>) = match change {
+                Change::AddServer(key, backend, _) => {
+                    for frontend in frontends(*key, before) {
+                        self.drains.note_flows(frontend.protocol, *backend, true);
+                    }
+                    continue;
+                }
                 Change::UpdateServer(key, _, 0) => {
                     self.drains.fresh.insert(*key);
                     continue;
@@ -168,6 +216,9 @@ impl Reconciler {
             for frontend in frontends(key, before) {
                 // Those of TCP that end idle have none; the others are noted where they end.
                 if frontend.protocol != Protocol::Tcp {
+                    for backend in &gone {
+                        self.drains.note_flows(frontend.protocol, *backend, false);
+                    }
                     let flows = gone.iter().map(|backend| (frontend, *backend));
                     self.drains.stale.extend(flows);
                 }
@@ -180,7 +231,7 @@ impl Reconciler {
         if !self.knows_all() || self.observed.is_none() {
             return;
         }
-        if !self.drains.stale.is_empty() {
+        if !self.drains.stale.is_empty() || !self.drains.back.is_empty() {
             self.drains.forget().await;
         }
         self.recall_drains();

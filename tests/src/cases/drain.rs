@@ -184,9 +184,12 @@ pub(super) fn a_half_closed_connection_goes_on(context: &mut Context) -> anyhow:
         let at = SocketAddr::new(*ip, world::TARGET);
         let listener = pod.netns().run(|| Ok(TcpListener::bind(at)?))?;
         node.write_manifest("web-slices.yaml", &world::slices("web", &[&pod])?)?;
-        let weight = |weight: &str| format!("-> {at} Masq {weight}\n");
         let tcp = |table: &str| table.split("\nUDP").next().unwrap_or_default().to_owned();
-        world::wait_for_ipvs(&node, "the slow one", |t| tcp(t).contains(&weight("1")))?;
+        let has = |table: &str, weight: u32| {
+            let wanted = format!("-> {at} Masq {weight}");
+            tcp(table).lines().any(|line| line.trim() == wanted)
+        };
+        world::wait_for_ipvs(&node, "the slow one", |t| has(t, 1))?;
         let to = SocketAddr::new(vip, 80);
         let mut asked = client
             .netns()
@@ -197,7 +200,7 @@ pub(super) fn a_half_closed_connection_goes_on(context: &mut Context) -> anyhow:
         asked.shutdown(Shutdown::Write)?;
         ensure!(answering.read(&mut [0])? == 0, "the client has ended");
         node.write_manifest("web-slices.yaml", &world::slices("web", &[&other.pod])?)?;
-        world::wait_for_ipvs(&node, "its leaving", |t| tcp(t).contains(&weight("0")))?;
+        world::wait_for_ipvs(&node, "its leaving", |t| has(t, 0))?;
         // Several counts.
         thread::sleep(Duration::from_secs(12));
         answering.write_all(b"late\n")?;
@@ -373,7 +376,17 @@ pub(super) fn a_flow_of_udp_moves(context: &mut Context) -> anyhow::Result<()> {
                 lost <= 4,
                 "{lost} of {count} were lost on the way to {name}"
             );
-            by(&flow, name)?;
+            by(&flow, name).with_context(|| {
+                let of = |program: &str, arguments: &[&str]| {
+                    let told = scene.node.netns().output(program, arguments);
+                    told.unwrap_or_else(|error| format!("{error:#}"))
+                };
+                format!(
+                    "{lost} of {count} lost before\n{}\n{}",
+                    of("cat", &["/proc/net/ip_vs_conn"]),
+                    of("conntrack", &["-L", "-p", "udp"])
+                )
+            })?;
         }
         scene.list(&[])?;
         wait::until_ok("a refusal", wait::SETTLED, || {
