@@ -65,7 +65,6 @@ pub fn all() -> Vec<Test> {
 
 /// What [`for_a_short_run`] leaves out: long, or close to what stays in.
 const SELDOM: &[&str] = &[
-    // About one run in five fails on a loaded machine: the flow is stuck for seconds.
     "drain/a-flow-of-udp-moves",
     "trace/live-names-the-broken-step",
     "restart/a-change-while-the-agent-is-dead",
