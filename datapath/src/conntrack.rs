@@ -105,13 +105,7 @@ impl Conntrack {
                     orders.push((RawMessage::new(DELETE, entry.order(family(&frontend))), 0));
                 }
             }
-            for result in self.socket.batch(orders).await {
-                match result {
-                    Ok(()) => forgotten += 1,
-                    Err(error) if error.is_not_found() => {}
-                    Err(error) => return Err(error),
-                }
-            }
+            forgotten += self.remove(orders).await?;
         }
         Ok(forgotten)
     }
@@ -144,15 +138,20 @@ impl Conntrack {
                 orders.push((RawMessage::new(DELETE, order), 0));
             }
         }
-        let mut forgotten = 0;
+        self.remove(orders).await
+    }
+
+    /// Carries out removals, and returns how many entries were there still.
+    async fn remove(&self, orders: Vec<(RawMessage, u16)>) -> Result<usize, Error> {
+        let mut removed = 0;
         for result in self.socket.batch(orders).await {
             match result {
-                Ok(()) => forgotten += 1,
+                Ok(()) => removed += 1,
                 Err(error) if error.is_not_found() => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(forgotten)
+        Ok(removed)
     }
 
     /// Backends with connections of TCP to a frontend that have not ended in both directions.
