@@ -141,7 +141,9 @@ async fn of_kubeconfig(path: &Path) -> Result<Config, String> {
         // Any proxy that is named here keeps the client from reading HTTPS_PROXY, which is
         // meant for others and may be nonsense.
         let proxy = cluster.proxy_url.replace(NO_PROXY.to_owned());
-        proxied = proxy.is_some();
+        proxied = proxy.is_some_and(|url| !url.is_empty());
+        // As kubectl does it: what is empty was not given.
+        cluster.tls_server_name.take_if(|name| name.is_empty());
         // A password is not sent, and has no place in logs.
         cluster.server = cluster.server.as_deref().map(without_user);
     }
@@ -254,7 +256,15 @@ fn current_cluster(kubeconfig: &mut Kubeconfig) -> Option<&mut Cluster> {
 /// A URL without user and password.
 pub(super) fn without_user(url: &str) -> String {
     let (scheme, rest) = url.split_at(url.find("://").map_or(0, |colon| colon + 3));
-    let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let mut authority = &rest[..end];
+    if let Some((_, port)) = authority.rsplit_once(':')
+        && !authority.contains(['@', ']'])
+        && !port.chars().all(|c| c.is_ascii_digit())
+    {
+        // No port: a password in which one of the three was not escaped.
+        authority = rest;
+    }
     let host = authority.rfind('@').map_or(0, |at| at + 1);
     format!("{scheme}{}", &rest[host..])
 }

@@ -113,7 +113,6 @@ async fn faults_of_a_kubeconfig_are_named_with_file_and_field() {
     for (cluster, user, says) in [
         (&*no_certificate, "token: x", "certificate-authority-data"),
         (&*bad_certificate, "token: x", "certificate-authority-data"),
-        (", tls-server-name: ''", "token: x", "tls-server-name: \"\""),
         (
             ", tls-server-name: a b",
             "token: x",
@@ -136,6 +135,11 @@ async fn faults_of_a_kubeconfig_are_named_with_file_and_field() {
         assert!(error.contains(says), "{cluster} {user}: {error}");
         assert!(error.contains("/kubeconfig: "), "{cluster} {user}: {error}");
     }
+    // What is empty was not given.
+    let empty = ", tls-server-name: '', proxy-url: ''";
+    let credentials = kubeconfig(folder, sound, empty, "token: x");
+    let config = credentials.read(false).await.unwrap();
+    assert_eq!(config.tls_server_name, None);
     let credentials = kubeconfig(folder, sound, "", "token: x");
     let path = folder.join("kubeconfig");
     let text = fs::read_to_string(&path).unwrap();
@@ -156,7 +160,11 @@ async fn a_password_in_a_url_is_not_shown() {
     let servers = Servers::open(&credentials, &[address]).await.unwrap();
     let addresses = servers.addresses();
     assert_eq!(addresses, "http://192.0.2.2:6443/a@b");
-    for server in ["ftp://me:pass@192.0.2.1", "me:pass@192.0.2.1:6443"] {
+    for server in [
+        "ftp://me:pass@192.0.2.1",
+        "ftp://me:wo/pass@192.0.2.1",
+        "me:pass@192.0.2.1:6443",
+    ] {
         let credentials = kubeconfig(folder, server, "", "token: x");
         let error = credentials.read(false).await.err().unwrap();
         assert!(!error.contains("pass"), "{error}");
