@@ -110,6 +110,11 @@ impl Events {
         }
     }
 
+    /// Whether there is a cluster to tell.
+    pub(crate) fn has_cluster(&self) -> bool {
+        self.queue.is_some()
+    }
+
     /// How it went so far.
     pub(crate) fn tally(&self) -> Tally {
         self.lock().clone()

@@ -171,7 +171,9 @@ impl Broken {
             | Change::AddDropped(_)
             | Change::RemoveDropped(_)
             | Change::AddLeaving(_)
+            | Change::AddClosed(_)
             | Change::RemoveLeaving(_)
+            | Change::RemoveClosed(_)
             | Change::AddHairpin(_)
             | Change::RemoveHairpin(_)
             | Change::UpdateService(..)
@@ -216,7 +218,9 @@ impl Broken {
             | Change::AddDropped(_)
             | Change::RemoveDropped(_)
             | Change::AddLeaving(_)
+            | Change::AddClosed(_)
             | Change::RemoveLeaving(_)
+            | Change::RemoveClosed(_)
             | Change::AddHairpin(_)
             | Change::RemoveHairpin(_)
             | Change::UpdateService(..)
@@ -259,6 +263,8 @@ mod tests {
                 Change::RemoveDropped(addr),
                 Change::AddLeaving(addr),
                 Change::RemoveLeaving(addr),
+                Change::AddClosed(addr),
+                Change::RemoveClosed(addr),
                 Change::Restrict(addr, Restriction::default()),
                 Change::AddService(addr.into(), how()),
                 Change::UpdateService(addr.into(), how()),
@@ -308,6 +314,7 @@ mod tests {
         expect_test::expect![[r"
             AddDropped:80: 
             AddLeaving:80: 
+            AddClosed:80: 
             RemoveService:80: DisallowFrontend:80 UnbindVip UnsilenceVip UnguardVip AllowFrontend:80 AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 Restrict:80 AddService:80 AddServer:80
             DisallowFrontend:80: UnbindVip UnsilenceVip UnguardVip AllowFrontend:80 AddExternal:80 AddPreserved:80 RemovePreserved:80 RemoveExternal:80 Restrict:80 AddService:80 AddServer:80
             UnbindVip: UnsilenceVip UnguardVip GuardVip SilenceVip BindVip RebindVip ReleaseVip AllowFrontend:80 AllowFrontend:81 AddExternal:80 AddExternal:81 AddPreserved:80 AddPreserved:81 RemovePreserved:80 RemovePreserved:81 RemoveExternal:80 RemoveExternal:81 Restrict:80 Restrict:81 AddService:80 AddService:81 AddServer:80 AddServer:81
@@ -335,6 +342,7 @@ mod tests {
             RemoveHairpin: 
             RemoveDropped:80: 
             RemoveLeaving:80: 
+            RemoveClosed:80: 
         "]].assert_eq(&table);
     }
 }

@@ -93,6 +93,7 @@ fn elements_of(scope: &Scope) -> Vec<Element> {
             Element::Preserved(addr),
             Element::Dropped(addr),
             Element::Leaving(addr),
+            Element::Closed(addr),
             Element::Served(addr),
             Element::Limited(addr),
             Element::Marked(addr, 0),

@@ -415,6 +415,9 @@ impl Run {
             Change::AddLeaving(addr) | Change::RemoveLeaving(addr) => {
                 self.elements.push(Element::Leaving(*addr));
             }
+            Change::AddClosed(addr) | Change::RemoveClosed(addr) => {
+                self.elements.push(Element::Closed(*addr));
+            }
             Change::AddDropped(addr) | Change::RemoveDropped(addr) => {
                 self.elements.push(Element::Dropped(*addr));
             }
@@ -468,6 +471,7 @@ impl Kernel for Node {
             | Change::RemovePreserved(_)
             | Change::RemoveDropped(_)
             | Change::RemoveLeaving(_)
+            | Change::RemoveClosed(_)
             | Change::RemoveServed(_)
             | Change::RemoveHairpin(_) => {
                 (self.elements.remove(&run.elements).await, Gone::Contradicts)
@@ -479,6 +483,7 @@ impl Kernel for Node {
             | Change::AddPreserved(_)
             | Change::AddDropped(_)
             | Change::AddLeaving(_)
+            | Change::AddClosed(_)
             | Change::AddServed(_)
             | Change::AddHairpin(_) => (self.elements.add(&run.elements).await, Gone::Contradicts),
             Change::Restrict(..) | Change::SetMark(..) => {
@@ -591,6 +596,7 @@ pub(crate) fn note_element(observed: &mut Observed, element: Element) {
         Element::Preserved(addr) => observed.preserved.insert(addr),
         Element::Dropped(addr) => observed.dropped.insert(addr),
         Element::Leaving(addr) => observed.leaving.insert(addr),
+        Element::Closed(addr) => observed.closed.insert(addr),
         Element::Served(addr) => observed.served.insert(addr),
         Element::Limited(addr) => observed.limited.insert(addr),
         Element::Admitted(addr, network) => {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
@@ -111,6 +112,11 @@ impl FrontendAddr {
     #[must_use]
     pub fn new(ip: IpAddr, port: u16, protocol: Protocol) -> Self {
         Self { ip, port, protocol }
+    }
+
+    /// All of one address, for looking them up in order.
+    pub(crate) fn all_at(ip: IpAddr) -> RangeInclusive<Self> {
+        Self::new(ip, 0, Protocol::Tcp)..=Self::new(ip, u16::MAX, Protocol::Sctp)
     }
 }
 

@@ -37,6 +37,9 @@ pub enum Change {
     /// Refuse or drop new connections to a frontend before IPVS sees them: it has only backends
     /// that leave. Before their weights become 0, with which IPVS would say nothing to clients.
     AddLeaving(FrontendAddr),
+    /// The same for those of clients within the cluster, whose virtual service by mark has only
+    /// backends that leave.
+    AddClosed(FrontendAddr),
     /// Remove a virtual service; its real servers go with it.
     RemoveService(ServiceKey),
     /// Undo [`Change::AllowFrontend`].
@@ -100,6 +103,8 @@ pub enum Change {
     RemoveDropped(FrontendAddr),
     /// Undo [`Change::AddLeaving`].
     RemoveLeaving(FrontendAddr),
+    /// Undo [`Change::AddClosed`].
+    RemoveClosed(FrontendAddr),
 }
 
 impl Change {
@@ -145,6 +150,8 @@ impl Change {
             | Self::RemoveDropped(frontend)
             | Self::AddLeaving(frontend)
             | Self::RemoveLeaving(frontend)
+            | Self::AddClosed(frontend)
+            | Self::RemoveClosed(frontend)
             | Self::AddServed(frontend)
             | Self::RemoveServed(frontend)
             | Self::SetMark(frontend, ..)
@@ -217,6 +224,14 @@ impl fmt::Display for Change {
             Self::RemoveLeaving(at) => {
                 write!(f, "refuse new connections to {at} no more")
             }
+            Self::AddClosed(at) => write!(
+                f,
+                "refuse new connections of clients within the cluster to {at}, whose backends leave"
+            ),
+            Self::RemoveClosed(at) => write!(
+                f,
+                "refuse new connections of clients within the cluster to {at} no more"
+            ),
             Self::SetMark(at, _, Some(mark)) => {
                 write!(f, "mark clients within the cluster of {at} with {mark:#x}")
             }

@@ -27,6 +27,8 @@ pub struct ClusterState {
     /// Slices by the Service that their label names.
     slices_of: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
     nodes: BTreeMap<String, Node>,
+    /// Whether a Node that is not among them is gone.
+    all_nodes: bool,
     /// Nodes that were there once, at most [`GONE_NODES`].
     gone_nodes: BTreeSet<String>,
     /// The same in the order in which they went.
@@ -231,12 +233,22 @@ impl ClusterState {
         self.nodes.iter().map(|(name, node)| (&**name, node))
     }
 
-    /// Whether the Node of that name is gone, or tainted as lost. Of one that was never there,
-    /// or of all together, nothing is known: a folder of manifests may have one object alone.
+    /// Notes that every Node of a cluster was told: one that was not is gone, also if that was
+    /// before anybody listened.
+    pub fn know_all_nodes(&mut self) {
+        self.all_nodes = true;
+    }
+
+    /// Whether the Node of that name is gone, or tainted as lost. Without
+    /// [`ClusterState::know_all_nodes`] of one that was never there nothing is known, as of all
+    /// together: a folder of manifests may have one object alone.
     #[must_use]
     pub fn is_lost(&self, name: &str) -> bool {
         match self.nodes.get(name) {
-            None => !self.nodes.is_empty() && self.gone_nodes.contains(name),
+            None => {
+                let is_gone = self.all_nodes || self.gone_nodes.contains(name);
+                !self.nodes.is_empty() && is_gone
+            }
             Some(node) => {
                 let mut taints = node.spec.taints.iter();
                 taints.any(|taint| LOST_TAINTS.contains(&&*taint.key))
@@ -249,15 +261,6 @@ impl ClusterState {
     #[must_use]
     pub fn listed(&self, backends: &BTreeSet<BackendAddr>) -> BTreeMap<BackendAddr, Listing> {
         listed(self.slices.values(), backends)
-    }
-
-    /// The same of the slices of one Service.
-    pub(crate) fn listed_of(
-        &self,
-        service: &ObjectName,
-        backends: &BTreeSet<BackendAddr>,
-    ) -> BTreeMap<BackendAddr, Listing> {
-        listed(self.slices_of(service), backends)
     }
 
     /// The first Node but `node` that has this address.

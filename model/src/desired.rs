@@ -16,7 +16,6 @@ use crate::binding::{Binding, VipBinding};
 use crate::cluster::ClusterState;
 use crate::condition::{Condition, Reason};
 use crate::drain::{Drains, End, Recalled, Server};
-use crate::endpoints::BackendState;
 pub use crate::frontend::{Action, Frontend, FrontendKind, Internal};
 use crate::host_ports::HostPorts;
 use crate::kube::{Kind, ObjectKey};
@@ -98,9 +97,9 @@ impl Desired {
     /// Frontends at an address that is no device's of this node and of which backends leave:
     /// they hold it though no Service has it any more.
     pub fn lingering(&self, ip: IpAddr) -> impl Iterator<Item = FrontendAddr> {
-        let live = self.drains.live().filter_map(|((key, _), _)| key.address());
         let is_held = !self.facts.own.contains(&ip);
-        live.filter(move |addr| is_held && addr.ip == ip)
+        let leaving = self.drains.frontends();
+        leaving.filter(move |addr| is_held && addr.ip == ip)
     }
 
     /// Lets the real servers of TCP in `scope` that the kernel has and nobody wants keep
@@ -113,13 +112,18 @@ impl Desired {
             .map(|addr| ServiceKey::Address(*addr));
         for key in frontends.chain(scope.marked.iter().copied()) {
             let wanted = self.virtual_service(&key);
-            // By a mark that nobody has any more nothing is told apart.
             let drains = match key {
                 ServiceKey::Address(addr) => addr.protocol == Protocol::Tcp,
-                ServiceKey::Mark { mark, .. } => {
+                ServiceKey::Mark { mark, .. } if wanted.is_some() => {
+                    self.drains.set_marked(key, BTreeSet::new());
                     let holder = self.marks.holder(mark);
-                    let tcp = holder.is_some_and(|holder| holder.protocol == Protocol::Tcp);
-                    tcp && wanted.is_some()
+                    holder.is_some_and(|holder| holder.protocol == Protocol::Tcp)
+                }
+                ServiceKey::Mark { .. } => {
+                    let held = self.still_marked(key, observed);
+                    let drains = !held.is_empty();
+                    self.drains.set_marked(key, held);
+                    drains
                 }
             };
             let present = observed.services.get(&key).filter(|_| drains);
@@ -137,6 +141,22 @@ impl Desired {
         ended
     }
 
+    /// The frontends of TCP that lead to a virtual service by mark which nobody wants, as the
+    /// kernel has them, and that lead nowhere else now.
+    fn still_marked(&self, key: ServiceKey, observed: &Observed) -> BTreeSet<FrontendAddr> {
+        let marked = observed.marks.iter();
+        let marked = marked.filter(|(addr, mark)| {
+            keys_of(**mark).any(|of| of == key)
+                && Family::of(addr.ip) == key.family()
+                && addr.protocol == Protocol::Tcp
+        });
+        let free = marked.filter(|(addr, _)| {
+            let service = self.virtual_service(&ServiceKey::Address(**addr));
+            service.is_none() && self.mark(addr).is_none()
+        });
+        free.map(|(addr, _)| *addr).collect()
+    }
+
     /// Takes in what the cluster says of the backends that leave, and ends the drains of
     /// which nothing is left to wait for. Returns these; what may have changed by that is
     /// about their virtual services.
@@ -147,7 +167,22 @@ impl Desired {
         now: Instant,
         is_gone: impl Fn(IpAddr) -> bool,
     ) -> Vec<(Server, End)> {
-        self.drains.look(cluster, bound, now, is_gone)
+        let keys: BTreeSet<ServiceKey> = self.drains.live().map(|((key, _), _)| *key).collect();
+        let served = keys.into_iter().filter(|key| self.has_frontend(key));
+        let served: BTreeSet<ServiceKey> = served.collect();
+        let is_served = |key: &ServiceKey| served.contains(key);
+        self.drains.look(cluster, bound, now, is_served, is_gone)
+    }
+
+    /// Whether a frontend of this virtual service is there, though it may have no backends.
+    fn has_frontend(&self, key: &ServiceKey) -> bool {
+        match key {
+            ServiceKey::Address(addr) => self.frontend(addr).is_some(),
+            ServiceKey::Mark { .. } => {
+                let mut marked = self.drains.marked(key);
+                self.virtual_service(key).is_some() || marked.any(|a| self.frontend(a).is_some())
+            }
+        }
     }
 
     /// Takes in what a former agent knew of backends that leave.
@@ -184,10 +219,7 @@ impl Desired {
             })
             .unwrap_or_default();
         let old = self.plans.remove(name).unwrap_or_default();
-        let mut scope = Scope {
-            ended: ended(cluster, name, &old, &plan),
-            ..Scope::default()
-        };
+        let mut scope = Scope::default();
         for (addr, frontend) in &old.frontends {
             let stays = plan
                 .frontends
@@ -599,31 +631,6 @@ pub(crate) fn condition(service: &ObjectName, reason: Reason, message: String) -
         reason,
         message,
     }
-}
-
-/// Backends that were used while their pods were being ended, and now are in no slice.
-fn ended(
-    cluster: &ClusterState,
-    name: &ObjectName,
-    old: &ServicePlan,
-    new: &ServicePlan,
-) -> BTreeSet<Server> {
-    let mut ended = BTreeSet::new();
-    for (addr, frontend) in &old.frontends {
-        let used = new.frontends.get(addr).map(|frontend| &frontend.backends);
-        for (backend, former) in &frontend.backends {
-            let leaves = used.is_none_or(|used| !used.contains_key(backend));
-            if leaves && former.state == BackendState::Terminating {
-                ended.insert(((*addr).into(), *backend));
-            }
-        }
-    }
-    if !ended.is_empty() {
-        let backends = ended.iter().map(|(_, backend): &Server| *backend);
-        let listed = cluster.listed_of(name, &backends.collect());
-        ended.retain(|(_, backend)| !listed.contains_key(backend));
-    }
-    ended
 }
 
 fn keys_of(mark: Mark) -> impl Iterator<Item = ServiceKey> {

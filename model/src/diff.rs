@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::address::{BackendAddr, FrontendAddr};
+use crate::address::{BackendAddr, Family, FrontendAddr};
 use crate::binding::Binding;
 use crate::change::{Change, Restriction};
 use crate::desired::{Action, Desired, Frontend, Scope};
 use crate::observed::Observed;
-use crate::service::{ServiceKey, VirtualService};
+use crate::service::{Mark, ServiceKey, VirtualService};
 
 /// The steps that make the addresses in `scope` as desired, in the order in
 /// which they must be carried out (see [`Change`]). Nothing outside of `scope`
@@ -16,10 +16,15 @@ use crate::service::{ServiceKey, VirtualService};
 #[must_use]
 pub fn diff(desired: &Desired, observed: &Observed, scope: &Scope) -> Vec<Change> {
     let mut changes = Vec::new();
-    for ip in &scope.vips {
+    // What a virtual service by mark holds while its backends leave.
+    let held = scope.marked.iter();
+    let held = held.flat_map(|key| desired.drains().marked(key));
+    let held: BTreeSet<FrontendAddr> = held.copied().collect();
+    let held_vips: BTreeSet<IpAddr> = held.iter().map(|addr| addr.ip).collect();
+    for ip in scope.vips.union(&held_vips) {
         diff_vip(*ip, desired, observed, &mut changes);
     }
-    for addr in &scope.frontends {
+    for addr in scope.frontends.union(&held) {
         diff_frontend(addr, desired, observed, &mut changes);
     }
     for key in &scope.marked {
@@ -75,7 +80,7 @@ pub fn everything(desired: &Desired, observed: &Observed) -> Scope {
     let elements = observed.allowed.iter().chain(&observed.external);
     let elements = elements.chain(&observed.preserved);
     let elements = elements.chain(&observed.dropped).chain(&observed.limited);
-    let elements = elements.chain(&observed.leaving);
+    let elements = elements.chain(&observed.leaving).chain(&observed.closed);
     let elements = elements
         .chain(observed.admitted.keys())
         .chain(&observed.served);
@@ -118,14 +123,28 @@ fn diff_vip(ip: IpAddr, desired: &Desired, observed: &Observed, changes: &mut Ve
 /// Whether connections to this address live on although no frontend has it.
 fn is_held(ip: IpAddr, desired: &Desired, observed: &Observed) -> bool {
     let services = observed.services.range(ServiceKey::all_at(ip));
-    let mut services = services.filter_map(|(key, _)| key.address());
-    !desired.facts().own.contains(&ip) && services.any(|addr| lingers(&addr, desired, observed))
+    let services = services.filter_map(|(key, _)| key.address());
+    let marked = observed.marks.range(FrontendAddr::all_at(ip));
+    let mut all = services.chain(marked.map(|(addr, _)| *addr));
+    !desired.facts().own.contains(&ip) && all.any(|addr| lingers(&addr, desired, observed))
 }
 
 /// Whether a virtual service that nobody wants stays for the connections of backends that
-/// leave.
+/// leave: that of a frontend, or the one by its mark.
 fn lingers(addr: &FrontendAddr, desired: &Desired, observed: &Observed) -> bool {
-    let key = ServiceKey::Address(*addr);
+    stays(ServiceKey::Address(*addr), desired, observed)
+        || lingering_mark(addr, desired, observed).is_some()
+}
+
+/// The mark of a frontend by which connections live on.
+fn lingering_mark(addr: &FrontendAddr, desired: &Desired, observed: &Observed) -> Option<Mark> {
+    let mark = *observed.marks.get(addr)?;
+    let family = Family::of(addr.ip);
+    let key = ServiceKey::Mark { family, mark };
+    (desired.drains().holds_mark(&key, addr) && stays(key, desired, observed)).then_some(mark)
+}
+
+fn stays(key: ServiceKey, desired: &Desired, observed: &Observed) -> bool {
     let Some(present) = observed.services.get(&key) else {
         return false;
     };
@@ -166,27 +185,27 @@ fn diff_frontend(
     let lingers = lingers(addr, desired, observed);
     // What its connections need stays as it is.
     let held = lingers && frontend.is_none();
-    let stays = |set: &BTreeSet<FrontendAddr>| held && set.contains(addr);
+    let remains = |set: &BTreeSet<FrontendAddr>| held && set.contains(addr);
     // At a VIP, the guard lets the service's answers pass; it has none at a node's address.
     // They may be those of the virtual service by mark, while there is no other.
     let allow = frontend.is_some_and(|frontend| {
         frontend.is_vip && (wanted.is_some() || frontend.internal.is_some() || lingers)
     });
-    let allow = allow || stays(&observed.allowed);
+    let allow = allow || remains(&observed.allowed);
     match (allow, observed.allowed.contains(addr)) {
         (true, false) => changes.push(Change::AllowFrontend(*addr)),
         (false, true) => changes.push(Change::DisallowFrontend(*addr)),
         (true, true) | (false, false) => {}
     }
     let external = frontend.is_some_and(|frontend| frontend.kind.is_external());
-    let external = external || stays(&observed.external);
+    let external = external || remains(&observed.external);
     match (external, observed.external.contains(addr)) {
         (true, false) => changes.push(Change::AddExternal(*addr)),
         (false, true) => changes.push(Change::RemoveExternal(*addr)),
         (true, true) | (false, false) => {}
     }
     let preserved = frontend.is_some_and(|frontend| frontend.preserves_client);
-    let preserved = preserved || stays(&observed.preserved);
+    let preserved = preserved || remains(&observed.preserved);
     match (preserved, observed.preserved.contains(addr)) {
         (true, false) => changes.push(Change::AddPreserved(*addr)),
         (false, true) => changes.push(Change::RemovePreserved(*addr)),
@@ -203,15 +222,24 @@ fn diff_frontend(
         (false, true) => changes.push(Change::RemoveServed(*addr)),
         (true, true) | (false, false) => {}
     }
-    match (lingers, observed.leaving.contains(addr)) {
+    let leaving = stays((*addr).into(), desired, observed);
+    match (leaving, observed.leaving.contains(addr)) {
         (true, false) => changes.push(Change::AddLeaving(*addr)),
         (false, true) => changes.push(Change::RemoveLeaving(*addr)),
+        (true, true) | (false, false) => {}
+    }
+    let by_mark = lingering_mark(addr, desired, observed);
+    match (by_mark.is_some(), observed.closed.contains(addr)) {
+        (true, false) => changes.push(Change::AddClosed(*addr)),
+        (false, true) => changes.push(Change::RemoveClosed(*addr)),
         (true, true) | (false, false) => {}
     }
     if !held {
         diff_restriction(addr, desired, observed, changes);
     }
-    let (mark, marked) = (desired.mark(addr), observed.marks.get(addr).copied());
+    // It is what proves that a virtual service by mark is ours.
+    let mark = desired.mark(addr).or(by_mark);
+    let marked = observed.marks.get(addr).copied();
     if mark != marked {
         changes.push(Change::SetMark(*addr, marked, mark));
     }

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use crate::address::BackendAddr;
+use crate::address::{BackendAddr, FrontendAddr};
 use crate::cluster::{ClusterState, Left};
 use crate::observed::Observed;
 use crate::service::ServiceKey;
@@ -76,31 +76,39 @@ impl End {
 /// Which backend of which virtual service.
 pub type Server = (ServiceKey, BackendAddr);
 
+/// How long after its endpoint a pod is held to be there, though it was being ended: the word
+/// that its Service is gone comes by another way, and may come later.
+const HEARSAY: Duration = Duration::from_secs(2);
+
 /// The backends that leave.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Drains(BTreeMap<Server, Drain>);
+pub struct Drains {
+    servers: BTreeMap<Server, Drain>,
+    /// The frontends that led to a virtual service by mark when nobody wanted it any more.
+    marked: BTreeMap<ServiceKey, BTreeSet<FrontendAddr>>,
+}
 
 impl Drains {
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.servers.is_empty()
     }
 
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.servers.len()
     }
 
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&Server, &Drain)> {
-        self.0.iter()
+        self.servers.iter()
     }
 
     /// Those that keep their connections still, in order.
     pub fn live(&self) -> impl Iterator<Item = (&Server, &Drain)> {
-        self.0.iter().filter(|(_, drain)| !drain.over)
+        self.servers.iter().filter(|(_, drain)| !drain.over)
     }
 
     /// The backends of a virtual service that keep their connections still.
@@ -109,8 +117,39 @@ impl Drains {
         of_key.map(|((_, backend), _)| *backend)
     }
 
+    /// The frontends of virtual services that have such backends and that nobody wants, or
+    /// of those by address, all.
+    pub(crate) fn frontends(&self) -> impl Iterator<Item = FrontendAddr> {
+        self.live().flat_map(|((key, _), _)| {
+            let marked = self.marked(key).copied();
+            key.address().into_iter().chain(marked)
+        })
+    }
+
+    /// The frontends that led to a virtual service by mark when nobody wanted it any more.
+    pub(crate) fn marked(&self, key: &ServiceKey) -> impl Iterator<Item = &FrontendAddr> {
+        self.marked.get(key).into_iter().flatten()
+    }
+
+    /// Whether this frontend led to the virtual service by this mark, of which backends leave.
+    pub(crate) fn holds_mark(&self, key: &ServiceKey, addr: &FrontendAddr) -> bool {
+        self.marked
+            .get(key)
+            .is_some_and(|addrs| addrs.contains(addr))
+            && self.kept(*key).next().is_some()
+    }
+
+    /// Takes in which frontends lead to a virtual service by mark that nobody wants.
+    pub(crate) fn set_marked(&mut self, key: ServiceKey, addrs: BTreeSet<FrontendAddr>) {
+        if addrs.is_empty() {
+            self.marked.remove(&key);
+        } else {
+            self.marked.insert(key, addrs);
+        }
+    }
+
     fn of(&self, key: ServiceKey) -> impl Iterator<Item = (&Server, &Drain)> {
-        let from = self.0.range((key, BackendAddr::LEAST)..);
+        let from = self.servers.range((key, BackendAddr::LEAST)..);
         from.take_while(move |((of, _), _)| *of == key)
     }
 
@@ -119,12 +158,14 @@ impl Drains {
         let known: Vec<Server> = self.of(key).map(|(server, _)| *server).collect();
         for server in known {
             if !unwanted.contains(&server.1) {
-                self.0.remove(&server);
+                self.servers.remove(&server);
             }
         }
         for backend in unwanted {
             let server = (key, *backend);
-            self.0.entry(server).or_insert_with(|| Drain::new(now));
+            self.servers
+                .entry(server)
+                .or_insert_with(|| Drain::new(now));
         }
     }
 
@@ -134,7 +175,7 @@ impl Drains {
         if left.is_empty() {
             return;
         }
-        for ((_, backend), drain) in &mut self.0 {
+        for ((_, backend), drain) in &mut self.servers {
             // Somebody may have looked between the slice's word and this.
             let unknown = drain.node.is_none() && !drain.terminating;
             let Some(listing) = left.get(backend) else {
@@ -151,7 +192,7 @@ impl Drains {
 
     /// Takes in what a former agent knew of those of which nothing is known yet.
     pub(crate) fn recall(&mut self, recall: impl Fn(&Server) -> Option<Recalled>) {
-        for (server, drain) in &mut self.0 {
+        for (server, drain) in &mut self.servers {
             let unknown = drain.left.is_none() && drain.node.is_none() && !drain.terminating;
             if let Some(recalled) = recall(server).filter(|_| unknown) {
                 drain.left = recalled.left;
@@ -163,26 +204,30 @@ impl Drains {
 
     /// Forgets those that have ended and are gone from the kernel.
     pub(crate) fn forget_gone(&mut self, observed: &Observed) {
-        self.0.retain(|(key, backend), drain| {
+        self.servers.retain(|(key, backend), drain| {
             let service = observed.services.get(key);
             let there = || service.is_some_and(|service| service.servers.contains_key(backend));
             !drain.over || there()
         });
+        let keys: BTreeSet<ServiceKey> = self.servers.keys().map(|(key, _)| *key).collect();
+        self.marked.retain(|key, _| keys.contains(key));
     }
 
     /// Lets a drain end: its real server is to be removed. Whether that is news.
     pub(crate) fn end(&mut self, server: &Server) -> bool {
-        let drain = self.0.get_mut(server);
+        let drain = self.servers.get_mut(server);
         drain.is_some_and(|drain| !std::mem::replace(&mut drain.over, true))
     }
 
     /// Takes in what the slices say of the backends that leave, and returns those whose
-    /// drain ends by that or by time. `is_gone` tells pods of this node that are no more.
+    /// drain ends by that or by time. `is_served` tells virtual services whose frontends are
+    /// there still, `is_gone` pods of this node that are no more.
     pub(crate) fn look(
         &mut self,
         cluster: &ClusterState,
         bound: Duration,
         now: Instant,
+        is_served: impl Fn(&ServiceKey) -> bool,
         is_gone: impl Fn(IpAddr) -> bool,
     ) -> Vec<(Server, End)> {
         let backends: BTreeSet<BackendAddr> =
@@ -192,7 +237,7 @@ impl Drains {
         }
         let listed = cluster.listed(&backends);
         let mut ends = Vec::new();
-        for (server, drain) in self.0.iter_mut().filter(|(_, drain)| !drain.over) {
+        for (server, drain) in self.servers.iter_mut().filter(|(_, drain)| !drain.over) {
             let ip = server.1.ip;
             if let Some(listing) = listed.get(&server.1) {
                 drain.left = None;
@@ -204,10 +249,16 @@ impl Drains {
                 drain.left.get_or_insert(now);
             }
             let node_gone = drain.node.as_deref().is_some_and(|n| cluster.is_lost(n));
-            let end = match drain.left {
+            let left = drain.left.map(|left| now.saturating_duration_since(left));
+            // With a Service its slices go, and the pods that were being ended may go on.
+            let pod_gone = || {
+                let settled = left.is_some_and(|left| left >= HEARSAY);
+                is_gone(ip) || (drain.terminating && settled && is_served(&server.0))
+            };
+            let end = match left {
                 _ if node_gone => Some(End::NodeGone),
-                Some(_) if drain.terminating || is_gone(ip) => Some(End::PodGone),
-                Some(left) if now.saturating_duration_since(left) >= bound => Some(End::Bound),
+                Some(_) if pod_gone() => Some(End::PodGone),
+                Some(left) if left >= bound => Some(End::Bound),
                 Some(_) | None => None,
             };
             ends.extend(end.map(|end| (*server, end)));

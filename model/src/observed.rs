@@ -34,6 +34,8 @@ pub struct Observed {
     pub dropped: BTreeSet<FrontendAddr>,
     /// Frontends whose backends all leave: new connections do not reach IPVS.
     pub leaving: BTreeSet<FrontendAddr>,
+    /// Those of which the virtual service by mark has only backends that leave.
+    pub closed: BTreeSet<FrontendAddr>,
     /// Frontends that only those may call whom [`Observed::admitted`] names.
     pub limited: BTreeSet<FrontendAddr>,
     /// Who may call them.
@@ -106,6 +108,12 @@ impl Observed {
             }
             Change::RemoveLeaving(frontend) => {
                 self.leaving.remove(frontend);
+            }
+            Change::AddClosed(frontend) => {
+                self.closed.insert(*frontend);
+            }
+            Change::RemoveClosed(frontend) => {
+                self.closed.remove(frontend);
             }
             Change::SetMark(frontend, _, Some(mark)) => {
                 self.marks.insert(*frontend, *mark);

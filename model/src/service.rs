@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
-use crate::address::{BackendAddr, Family, FrontendAddr, Protocol};
+use crate::address::{BackendAddr, Family, FrontendAddr};
 
 /// Firewall mark of a packet, in the order of this machine.
 pub type Mark = u32;
@@ -36,8 +36,7 @@ impl ServiceKey {
 
     /// All that are selected by one address, for looking them up in order.
     pub(crate) fn all_at(ip: IpAddr) -> RangeInclusive<Self> {
-        let first = FrontendAddr::new(ip, 0, Protocol::Tcp);
-        let last = FrontendAddr::new(ip, u16::MAX, Protocol::Sctp);
+        let (first, last) = FrontendAddr::all_at(ip).into_inner();
         Self::Address(first)..=Self::Address(last)
     }
 

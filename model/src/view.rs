@@ -91,6 +91,12 @@ impl NodeView {
         (scope, touched)
     }
 
+    /// Notes that the events have told every Node of a cluster; see
+    /// [`ClusterState::know_all_nodes`].
+    pub fn know_all_nodes(&mut self) {
+        self.cluster.know_all_nodes();
+    }
+
     /// Takes in which addresses the machine has. Returns what may have changed by it.
     pub fn set_own(&mut self, own: Vec<OwnAddress>) -> Scope {
         self.own = Some(own);

@@ -8,20 +8,21 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use ferrule_model::address::{BackendAddr, FrontendAddr, Protocol};
+use ferrule_model::address::{BackendAddr, Family, FrontendAddr, Protocol};
 use ferrule_model::change::Change;
 use ferrule_model::cluster::Event;
 use ferrule_model::desired::Scope;
 use ferrule_model::diff::{diff, everything};
 use ferrule_model::drain::{End, Recalled, Server};
 use ferrule_model::kube::{
-    AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind, Node, Object,
-    ObjectKey, SERVICE_NAME_LABEL, Service, ServicePort, Taint,
+    AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind,
+    LoadBalancerIngress, Node, Object, ObjectKey, SERVICE_NAME_LABEL, Service, ServicePort,
+    ServiceType, Taint,
 };
 use ferrule_model::names::ObjectName;
 use ferrule_model::network::Policy;
 use ferrule_model::observed::Observed;
-use ferrule_model::service::Scheduler;
+use ferrule_model::service::{Scheduler, ServiceKey};
 use ferrule_model::verdict::{Packet, Refusal, Verdict, verdict};
 use ferrule_model::view::NodeView;
 
@@ -75,6 +76,20 @@ fn slice<const N: usize>(endpoints: [Endpoint; N]) -> Object {
     Object::EndpointSlice(slice)
 }
 
+fn service() -> Object {
+    let mut service = Service::default();
+    "web".clone_into(&mut service.metadata.name);
+    service.spec.cluster_ips = vec![IpAddr::from(VIP).to_string()];
+    service.spec.ports = [Protocol::Tcp, Protocol::Udp]
+        .map(|protocol| ServicePort {
+            port: 80,
+            protocol,
+            ..ServicePort::default()
+        })
+        .into();
+    Object::Service(service)
+}
+
 impl World {
     /// A Service of TCP and UDP with the endpoints 10.1.0.1 and 10.1.0.2 on node n1.
     fn new() -> Self {
@@ -82,22 +97,12 @@ impl World {
     }
 
     fn with(policy: Policy) -> Self {
-        let mut service = Service::default();
-        "web".clone_into(&mut service.metadata.name);
-        service.spec.cluster_ips = vec![IpAddr::from(VIP).to_string()];
-        service.spec.ports = [Protocol::Tcp, Protocol::Udp]
-            .map(|protocol| ServicePort {
-                port: 80,
-                protocol,
-                ..ServicePort::default()
-            })
-            .into();
         let mut world = Self {
             view: NodeView::new("n0", policy),
             kernel: Observed::default(),
             start: Instant::now(),
         };
-        world.tell(Object::Service(service));
+        world.tell(service());
         world.tell(node("n1", &[]));
         world.list([
             endpoint("10.1.0.1", "n1", true, false),
@@ -155,6 +160,9 @@ fn server(last: u8) -> Server {
 
 const MINUTE: Duration = Duration::from_mins(1);
 
+/// For so long no slice proves that a pod is gone.
+const SETTLED: Duration = Duration::from_secs(2);
+
 #[test]
 fn as_long_as_a_slice_names_it_there_is_no_bound() {
     let mut world = World::new();
@@ -206,7 +214,8 @@ fn a_pod_that_was_being_ended_is_gone_with_its_endpoint() {
     ]);
     assert_eq!(world.ends(MINUTE, &[]), []);
     world.list([endpoint("10.1.0.2", "n1", true, false)]);
-    assert_eq!(world.ends(2 * MINUTE, &[]), [End::PodGone]);
+    assert_eq!(world.ends(2 * MINUTE, &[]), []);
+    assert_eq!(world.ends(2 * MINUTE + SETTLED, &[]), [End::PodGone]);
     assert_eq!(world.weight(1), None);
 }
 
@@ -227,7 +236,37 @@ fn what_a_slice_said_last_counts_whoever_looks_first() {
             assert_eq!(world.ends(MINUTE, &[]), []);
         }
         world.follow(&scope);
-        assert_eq!(world.ends(MINUTE, &[]), [End::PodGone], "{looks_first}");
+        assert_eq!(world.ends(MINUTE, &[]), []);
+        let ends = world.ends(MINUTE + SETTLED, &[]);
+        assert_eq!(ends, [End::PodGone], "{looks_first}");
+    }
+}
+
+/// A whole application is removed: its pods are being ended, and go on until they have.
+#[test]
+fn with_a_service_no_pod_is_known_to_be_gone() {
+    for slices_first in [false, true] {
+        let mut world = World::new();
+        let pods = [1, 2].map(|last| endpoint(&format!("10.1.0.{last}"), "n1", false, true));
+        world.list(pods);
+        assert_eq!(world.ends(MINUTE, &[]), []);
+        let keys = [(Kind::Service, "web"), (Kind::EndpointSlice, "web-4")];
+        let mut keys = keys.map(|(kind, name)| ObjectKey {
+            kind,
+            name: ObjectName::new("default", name),
+        });
+        if slices_first {
+            keys.reverse();
+        }
+        for (seconds, key) in (1..).zip(keys) {
+            let (scope, _) = world.view.take([Event::Deleted(key)]);
+            world.follow(&scope);
+            // Somebody looks between the two as well.
+            assert_eq!(world.ends(MINUTE + Duration::from_secs(seconds), &[]), []);
+        }
+        assert_eq!(world.ends(9 * MINUTE, &[]), []);
+        assert_eq!((world.weight(1), world.weight(2)), (Some(0), Some(0)));
+        assert_eq!(world.ends(12 * MINUTE, &[]), [End::Bound, End::Bound]);
     }
 }
 
@@ -285,18 +324,17 @@ fn a_hash_leads_past_backends_that_leave() {
 
 /// It was used to the last, so nobody has looked at it while it drained.
 #[test]
-fn the_last_pod_that_was_being_ended_is_gone_at_once() {
+fn the_last_pod_that_was_being_ended_is_gone_soon() {
     let mut world = World::new();
     world.list([endpoint("10.1.0.1", "n1", false, true)]);
     assert_eq!(world.weight(1), Some(1));
     // The other drained meanwhile.
     assert_eq!(world.weight(2), Some(0));
-    let (scope, _) = world.view.take([Event::Applied(Box::new(slice([])))]);
-    let ended = world.view.drain(&world.kernel, &scope, world.start);
-    assert_eq!(ended, [server(1)], "it is told");
-    world.follow(&scope);
-    assert_eq!(world.weight(2), Some(0));
-    assert_eq!(world.weight(1), None);
+    world.list([]);
+    assert_eq!((world.weight(1), world.weight(2)), (Some(0), Some(0)));
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    assert_eq!(world.ends(MINUTE + SETTLED, &[]), [End::PodGone]);
+    assert_eq!((world.weight(1), world.weight(2)), (None, Some(0)));
 }
 
 #[test]
@@ -359,6 +397,104 @@ fn a_node_that_was_never_there_is_not_lost() {
     assert_eq!(world.ends(MINUTE, &[]), []);
 }
 
+/// It went while no agent listened. A cluster's list of Nodes has every one.
+#[test]
+fn a_node_that_is_in_no_complete_list_is_lost() {
+    let mut world = World::new();
+    world.list([
+        endpoint("10.1.0.1", "n7", false, false),
+        endpoint("10.1.0.2", "n1", true, false),
+    ]);
+    world.view.know_all_nodes();
+    assert_eq!(world.ends(MINUTE, &[]), [End::NodeGone]);
+    // A list without any says nothing.
+    let mut world = World::new();
+    world.list([endpoint("10.1.0.2", "n1", true, false)]);
+    world.view.know_all_nodes();
+    world.view.take([Event::Deleted(ObjectKey {
+        kind: Kind::Node,
+        name: ObjectName::new("", "n1"),
+    })]);
+    assert_eq!(world.ends(MINUTE, &[]), []);
+}
+
+/// Pods and this node call an external frontend by the cluster's endpoints, whatever its policy:
+/// they have a virtual service of their own.
+#[test]
+fn connections_of_clients_within_the_cluster_live_on() {
+    const BALANCER: [u8; 4] = [198, 51, 100, 7];
+    let mut world = World::new();
+    let Object::Service(mut service) = service() else {
+        unreachable!("it is one")
+    };
+    service.spec.service_type = ServiceType::LoadBalancer;
+    "Local".clone_into(&mut service.spec.external_traffic_policy);
+    service.status.load_balancer.ingress = vec![LoadBalancerIngress {
+        ip: IpAddr::from(BALANCER).to_string(),
+        ..LoadBalancerIngress::default()
+    }];
+    world.tell(Object::Service(service));
+    world.list([endpoint("10.1.0.1", "n1", true, false)]);
+    let addr = FrontendAddr::new(BALANCER.into(), 80, Protocol::Tcp);
+    let family = Family::IPv4;
+    let key = |world: &World| {
+        let mark = *world.kernel.marks.get(&addr)?;
+        Some(ServiceKey::Mark { family, mark })
+    };
+    let marked = key(&world).unwrap();
+    let weight = |world: &World| {
+        let service = world.kernel.services.get(&marked)?;
+        service.servers.get(&server(1).1).copied()
+    };
+    assert_eq!(weight(&world), Some(1));
+    let of_udp = FrontendAddr::new(BALANCER.into(), 80, Protocol::Udp);
+    let mark = world.kernel.marks[&of_udp];
+    let servers = world.kernel.services[&ServiceKey::Mark { family, mark }]
+        .servers
+        .keys();
+    assert_eq!(
+        Vec::from_iter(servers),
+        [&server(1).1],
+        "datagrams are not waited for"
+    );
+    // Not one endpoint is left, and then not even the Service.
+    world.list([endpoint("10.1.0.1", "n1", false, false)]);
+    let deleted = Event::Deleted(ObjectKey {
+        kind: Kind::Service,
+        name: ObjectName::new("default", "web"),
+    });
+    for event in [None, Some(deleted)] {
+        let (scope, _) = world.view.take(event);
+        world.follow(&scope);
+        assert_eq!(weight(&world), Some(0));
+        assert_eq!(key(&world), Some(marked), "nothing proves that it is ours");
+        assert!(world.kernel.closed.contains(&addr));
+        assert!(world.kernel.is_bound(addr.ip));
+        let everything = everything(world.view.desired(), &world.kernel);
+        assert_eq!(world.follow(&everything), []);
+    }
+    let lingering = |world: &World, ip: [u8; 4]| {
+        let lingering = world.view.desired().lingering(ip.into());
+        lingering.collect::<Vec<_>>()
+    };
+    assert_eq!(lingering(&world, BALANCER), [addr; 2], "of each backend");
+    assert_eq!(lingering(&world, [10, 96, 0, 9]), []);
+    // An agent that starts now finds it so.
+    let mut next = NodeView::new("n0", Policy::default());
+    next.take([Event::Applied(Box::new(node("n1", &[])))]);
+    world.view = next;
+    let all = everything(world.view.desired(), &world.kernel);
+    assert_eq!(world.follow(&all), []);
+    assert_eq!(weight(&world), Some(0));
+    let ends = world.ends(MINUTE, &["10.1.0.1", "10.1.0.2"]);
+    assert!(ends.iter().all(|end| *end == End::PodGone), "{ends:?}");
+    assert_eq!((weight(&world), key(&world)), (None, None));
+    assert_eq!(lingering(&world, BALANCER), []);
+    let closed = &world.kernel.closed;
+    assert!(closed.is_empty(), "{closed:?}");
+    assert!(!world.kernel.is_bound(addr.ip));
+}
+
 /// Nobody has looked at it while it drained and was listed.
 #[test]
 fn where_an_endpoint_was_that_left_at_once_is_known() {
@@ -381,10 +517,11 @@ fn what_a_former_agent_knew_counts() {
         (None, None),
         (Some((Some(9 * MINUTE), None, false)), Some(End::Bound)),
         (Some((None, Some("n1"), false)), Some(End::NodeGone)),
-        (Some((None, None, true)), Some(End::PodGone)),
+        (Some((Some(MINUTE), None, true)), Some(End::PodGone)),
     ] {
         let mut world = World::new();
         world.view = NodeView::new("n0", Policy::default());
+        world.tell(service());
         world.tell(node("n1", &["node.kubernetes.io/unreachable"]));
         let scope = everything(world.view.desired(), &world.kernel);
         world.follow(&scope);

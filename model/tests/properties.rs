@@ -13,19 +13,65 @@ mod world;
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use ferrule_model::address::{FrontendAddr, Protocol};
+use ferrule_model::address::{Family, FrontendAddr, Protocol};
 use ferrule_model::cluster::Event;
-use ferrule_model::desired::{Frontend, FrontendKind, Scope};
+use ferrule_model::desired::{Desired, Frontend, FrontendKind, Scope};
 use ferrule_model::diff::{diff, diff_all};
 use ferrule_model::drain::Server;
 use ferrule_model::kube::{Kind, Object, ObjectKey};
 use ferrule_model::names::ObjectName;
 use ferrule_model::observed::Observed;
 use ferrule_model::ownership::owns_virtual_service;
+use ferrule_model::service::{ServiceKey, VirtualService};
 use proptest::prelude::*;
 
 use self::kernel::{carry_out, every_key, observed, wanted};
 use self::world::{Told, World, events, facts, remaining};
+
+/// Backends of a virtual service by mark keep their connections as long as the frontends that
+/// led to it lead nowhere else.
+fn check_marked(
+    desired: &Desired,
+    key: ServiceKey,
+    service: &VirtualService,
+    before: &Observed,
+    kernel: &Observed,
+) -> Result<(), TestCaseError> {
+    let ServiceKey::Mark { family, mark } = key else {
+        return Ok(());
+    };
+    let marks = before.marks.iter();
+    let marked = marks.filter(|(addr, of)| **of == mark && Family::of(addr.ip) == family);
+    let mut frontends = marked.map(|(addr, _)| *addr);
+    let elsewhere = |addr: &FrontendAddr| {
+        desired.virtual_service(&(*addr).into()).is_some() || desired.mark(addr).is_some()
+    };
+    let is_wanted = desired.marked_service(&key).is_some();
+    let tcp = |addr: &FrontendAddr| addr.protocol == Protocol::Tcp;
+    let Some(addr) = frontends.find(|addr| tcp(addr) && (is_wanted || !elsewhere(addr))) else {
+        return Ok(());
+    };
+    let wanted = desired.marked_service(&key).unwrap_or_default();
+    // A mark that another service port has now.
+    let passed = is_wanted && desired.mark(&addr) != Some(mark);
+    for backend in service.servers.keys().filter(|_| !passed) {
+        let weight = wanted.servers.get(backend).copied().unwrap_or(0);
+        let now = kernel
+            .services
+            .get(&key)
+            .and_then(|s| s.servers.get(backend));
+        prop_assert_eq!(now, Some(&weight), "{} of {} at {}", backend, key, addr);
+        let proven = owns_virtual_service(&key, &kernel.proofs(&[]));
+        prop_assert!(proven, "{} without a proof", key);
+        prop_assert_eq!(
+            kernel.closed.contains(&addr),
+            !is_wanted,
+            "new ones at {}",
+            addr
+        );
+    }
+    Ok(())
+}
 
 proptest! {
     #[test]
@@ -194,6 +240,9 @@ proptest! {
                     let refused = kernel.leaving.contains(&addr);
                     prop_assert_eq!(refused, wanted.servers.is_empty(), "new ones at {}", addr);
                 }
+            }
+            for (key, service) in &before.services {
+                check_marked(&world.desired, *key, service, &before, &kernel)?;
             }
         }
         let leaving: Vec<Server> = world.desired.drains().live().map(|(s, _)| *s).collect();

@@ -111,6 +111,7 @@ impl Difference {
             ("preserved", &believed.preserved, &found.preserved),
             ("dropped", &believed.dropped, &found.dropped),
             ("leaving", &believed.leaving, &found.leaving),
+            ("closed", &believed.closed, &found.closed),
             ("limited", &believed.limited, &found.limited),
             ("served", &believed.served, &found.served),
         ] {

@@ -260,6 +260,9 @@ impl Reconciler {
         if update.complete && !self.complete {
             info!(source = self.source.name, "everything was read");
             self.complete = true;
+            if self.events.has_cluster() {
+                self.view.know_all_nodes();
+            }
             self.network.routes_are_suspect();
             // Before that, what is wrong may only seem so.
             for condition in self.said.values().flatten() {
@@ -664,7 +667,9 @@ fn removes(change: &Change) -> bool {
         | Change::RemovePreserved(_)
         | Change::RemoveDropped(_)
         | Change::AddLeaving(_)
+        | Change::AddClosed(_)
         | Change::RemoveLeaving(_)
+        | Change::RemoveClosed(_)
         | Change::RemoveServed(_)
         | Change::UnbindVip(..)
         | Change::UnsilenceVip(_)

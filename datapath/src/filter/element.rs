@@ -26,6 +26,8 @@ pub enum Element {
     Dropped(FrontendAddr),
     /// Of `leaving4` or `leaving6`: new connections do not reach IPVS.
     Leaving(FrontendAddr),
+    /// Of `closed4` or `closed6`: nor do those of clients within the cluster.
+    Closed(FrontendAddr),
     /// Of `served4` or `served6`: where a program of this node answers at a VIP.
     Served(FrontendAddr),
     /// Of `limited4` or `limited6`.
@@ -57,6 +59,8 @@ impl Element {
             Self::Dropped(_) => "dropped6",
             Self::Leaving(addr) if addr.ip.is_ipv4() => "leaving4",
             Self::Leaving(_) => "leaving6",
+            Self::Closed(addr) if addr.ip.is_ipv4() => "closed4",
+            Self::Closed(_) => "closed6",
             Self::Served(addr) if addr.ip.is_ipv4() => "served4",
             Self::Served(_) => "served6",
             Self::Limited(addr) if addr.ip.is_ipv4() => "limited4",
@@ -85,6 +89,7 @@ impl Element {
             | Self::Preserved(addr)
             | Self::Dropped(addr)
             | Self::Leaving(addr)
+            | Self::Closed(addr)
             | Self::Served(addr)
             | Self::Limited(addr)
             | Self::Marked(addr, _) => frontend_key(addr),
@@ -104,6 +109,7 @@ impl Element {
             | Self::Preserved(_)
             | Self::Dropped(_)
             | Self::Leaving(_)
+            | Self::Closed(_)
             | Self::Served(_)
             | Self::Limited(_)
             | Self::Marked(..) => None,
@@ -122,6 +128,7 @@ impl Element {
             | Self::Preserved(_)
             | Self::Dropped(_)
             | Self::Leaving(_)
+            | Self::Closed(_)
             | Self::Served(_)
             | Self::Limited(_)
             | Self::Admitted(..) => None,
@@ -138,6 +145,7 @@ impl Element {
             | Self::Preserved(addr)
             | Self::Dropped(addr)
             | Self::Leaving(addr)
+            | Self::Closed(addr)
             | Self::Served(addr)
             | Self::Limited(addr) => frontend_text(addr),
             Self::Marked(addr, mark) => format!("{} : {mark}", frontend_text(addr)),
@@ -182,6 +190,8 @@ impl Element {
             Self::Dropped(addr)
         } else if set.starts_with("leaving") {
             Self::Leaving(addr)
+        } else if set.starts_with("closed") {
+            Self::Closed(addr)
         } else if set.starts_with("served") {
             Self::Served(addr)
         } else if set.starts_with("limited") {

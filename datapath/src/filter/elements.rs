@@ -94,7 +94,7 @@ pub(super) fn family_of(set: &str) -> u8 {
 }
 
 /// All of them.
-const SETS: [&str; 23] = [
+const SETS: [&str; 25] = [
     "vips4",
     "vips6",
     SILENT,
@@ -108,6 +108,8 @@ const SETS: [&str; 23] = [
     "dropped6",
     "leaving4",
     "leaving6",
+    "closed4",
+    "closed6",
     "served4",
     "served6",
     "limited4",

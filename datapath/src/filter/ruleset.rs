@@ -398,6 +398,14 @@ impl<'a> Ruleset<'a> {
                     ),
                     "its backends keep connections, and take no new ones",
                 );
+                self.rule(
+                    chain,
+                    &format!(
+                        "{ip} daddr . meta l4proto . th dport @closed{family} \
+                         tcp flags & (fin | syn | rst | ack) == syn jump vip-without-service"
+                    ),
+                    "the same of the virtual service by mark",
+                );
             }
         }
     }
@@ -515,6 +523,11 @@ fn add_sets(table: &str, text: &mut String) {
                 "leaving",
                 &frontend,
                 "frontends that keep connections, and take no new ones",
+            ),
+            (
+                "closed",
+                &frontend,
+                "the same of clients within the cluster",
             ),
             (
                 "served",

@@ -199,7 +199,9 @@ fn step_of(change: &Change) -> &'static str {
         | Change::AddDropped(_)
         | Change::RemoveDropped(_)
         | Change::AddLeaving(_)
+        | Change::AddClosed(_)
         | Change::RemoveLeaving(_)
+        | Change::RemoveClosed(_)
         | Change::AddServed(_)
         | Change::RemoveServed(_) => "frontend",
         Change::Restrict(..) => "admission",
@@ -236,6 +238,9 @@ fn complaint(change: &Change, observed: &Observed) -> String {
         }
         Change::AddLeaving(addr) | Change::RemoveLeaving(addr) => {
             misplaced(change, addr.to_string(), "leaving", addr.ip)
+        }
+        Change::AddClosed(addr) | Change::RemoveClosed(addr) => {
+            misplaced(change, addr.to_string(), "closed", addr.ip)
         }
         Change::AddServed(addr) | Change::RemoveServed(addr) => {
             misplaced(change, addr.to_string(), "served", addr.ip)
@@ -327,6 +332,7 @@ fn misplaced(change: &Change, what: String, name: &str, ip: IpAddr) -> String {
         | Change::RemovePreserved(_)
         | Change::RemoveDropped(_)
         | Change::RemoveLeaving(_)
+        | Change::RemoveClosed(_)
         | Change::RemoveServed(_) => format!("{what} is in set {set}, where it should not be."),
         _ => format!("{what} is not in set {set}."),
     }

@@ -151,6 +151,7 @@ pub(super) fn wanted(desired: &Desired) -> Observed {
         preserved: those(&|frontend| frontend.preserves_client),
         dropped: those(&|frontend| frontend.action() == Action::Drop),
         leaving: BTreeSet::new(),
+        closed: BTreeSet::new(),
         served: desired.served().collect(),
         limited: those(&|frontend| !frontend.source_ranges.is_empty()),
         admitted: desired
@@ -245,6 +246,8 @@ pub(super) fn carry_out(
             | Change::AddDropped(_)
             | Change::AddLeaving(_)
             | Change::RemoveLeaving(_)
+            | Change::AddClosed(_)
+            | Change::RemoveClosed(_)
             | Change::AddServed(_)
             | Change::RemoveServed(_)
             | Change::RemoveDropped(_)

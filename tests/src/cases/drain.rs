@@ -2,7 +2,7 @@
 //! UDP move to another backend.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,6 +13,7 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use super::world::{self, Backend, Endpoint, READY};
 use crate::context::Context;
 use crate::dump;
+use crate::netns::Netns;
 use crate::node::{self, Node};
 use crate::pod::Pod;
 use crate::sock::{ANSWER, Connection, Outcome, Request, Transport};
@@ -75,9 +76,7 @@ impl Scene {
 
     /// A connection to the first backend by each address of the Service.
     fn connections(&self) -> anyhow::Result<Vec<Connection>> {
-        let to = world::vips(10).map(|vip| SocketAddr::new(vip, 80));
-        let netns = self.client.netns();
-        to.iter().map(|to| Connection::open(netns, *to)).collect()
+        connections(self.client.netns(), world::vips(10))
     }
 
     /// Waits until each of the backend's real servers has this weight, or is not there.
@@ -114,6 +113,11 @@ impl Scene {
         }
         Ok(())
     }
+}
+
+fn connections(from: &Netns, vips: [IpAddr; 2]) -> anyhow::Result<Vec<Connection>> {
+    let to = vips.map(|vip| SocketAddr::new(vip, 80));
+    to.iter().map(|to| Connection::open(from, *to)).collect()
 }
 
 fn live(connections: &mut [Connection], by: &str) -> anyhow::Result<()> {
@@ -221,7 +225,7 @@ pub(super) fn the_last_backend_keeps_its_connections(context: &mut Context) -> a
     scene.list(&[])?;
     scene.wait_for_weight(&scene.one, Some(0))?;
     live(&mut connections, "one")?;
-    refused(&scene)?;
+    refused(&scene, world::vips(10))?;
     scene.node.remove_manifest("web-slices.yaml")?;
     scene.node.remove_manifest("web.yaml")?;
     let told = world::service("marker", 11, 80);
@@ -232,11 +236,11 @@ pub(super) fn the_last_backend_keeps_its_connections(context: &mut Context) -> a
         Ok(())
     })?;
     live(&mut connections, "one").context("of a deleted Service")?;
-    refused(&scene)?;
+    refused(&scene, world::vips(10))?;
     scene.node.kill9()?;
     scene.node.start()?;
     live(&mut connections, "one").context("after a restart")?;
-    refused(&scene)?;
+    refused(&scene, world::vips(10))?;
     drop(connections);
     wait::until_ok("the end of the Service", wait::SETTLED, || {
         let (table, vips) = (
@@ -249,13 +253,13 @@ pub(super) fn the_last_backend_keeps_its_connections(context: &mut Context) -> a
     })
 }
 
-fn refused(scene: &Scene) -> anyhow::Result<()> {
+fn refused(scene: &Scene, vips: [IpAddr; 2]) -> anyhow::Result<()> {
     let clients = [
         ("a pod", scene.client.netns()),
         ("the node", scene.node.netns()),
     ];
     for (who, from) in clients {
-        for vip in world::vips(10) {
+        for vip in vips {
             let start = Instant::now();
             let to = SocketAddr::new(vip, 80);
             let outcome = Request::new(Transport::Tcp, to).send(from, ANSWER)?;
@@ -267,6 +271,61 @@ fn refused(scene: &Scene) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The same at an external address with policy Local: clients within the cluster have a virtual
+/// service of their own there, by mark.
+pub(super) fn clients_within_the_cluster_keep_theirs(context: &mut Context) -> anyhow::Result<()> {
+    let vips: [IpAddr; 2] = ["198.51.100.10".parse()?, "2001:db8:198::10".parse()?];
+    let scene = Scene::build(context, "")?;
+    let [v4, v6] = vips;
+    let spec = format!(
+        "spec:\n  externalIPs: [{v4}, {:?}]\n  externalTrafficPolicy: Local\n",
+        v6.to_string()
+    );
+    let service = world::service("web", 10, 80).replace("spec:\n", &spec);
+    scene.node.write_manifest("web.yaml", &service)?;
+    let by_mark = |table: &str, weight: u32| {
+        let marked: Vec<&str> = table.split("\nFWM").skip(1).collect();
+        let lines = marked.iter().flat_map(|service| service.lines());
+        let servers = lines.filter(|line| line.trim().starts_with("->"));
+        let end = format!(" {weight}");
+        // One of each family, and beside them those of UDP.
+        servers.filter(|line| line.ends_with(&end)).count() >= 2
+    };
+    world::wait_for_ipvs(&scene.node, "both by mark", |table| by_mark(table, 1))?;
+    let mut open = connections(scene.client.netns(), vips)?;
+    open.extend(connections(scene.node.netns(), vips)?);
+    live(&mut open, "one")?;
+    scene.list(&[(&scene.one, UNREADY)])?;
+    world::wait_for_ipvs(&scene.node, "their leaving", |table| by_mark(table, 0))?;
+    live(&mut open, "one")?;
+    refused(&scene, vips)?;
+    scene.node.remove_manifest("web-slices.yaml")?;
+    scene.node.remove_manifest("web.yaml")?;
+    let told = world::service("marker", 11, 80);
+    scene.node.write_manifest("marker.yaml", &told)?;
+    wait::until_ok("the change after the deletion", wait::SETTLED, || {
+        let bound = dump::vips(scene.node.netns())?;
+        ensure!(bound.contains(&world::vips(11)[0]), "{bound:?}");
+        Ok(())
+    })?;
+    live(&mut open, "one").context("of a deleted Service")?;
+    refused(&scene, vips)?;
+    scene.node.kill9()?;
+    scene.node.start()?;
+    live(&mut open, "one").context("after a restart")?;
+    refused(&scene, vips)?;
+    drop(open);
+    wait::until_ok("the end of the Service", wait::SETTLED, || {
+        let (table, bound) = (
+            dump::ipvs(scene.node.netns())?,
+            dump::vips(scene.node.netns())?,
+        );
+        let gone = vips.iter().all(|vip| !bound.contains(vip));
+        ensure!(gone && !table.contains("FWM"), "{bound:?}\n{table}");
+        Ok(())
+    })
 }
 
 /// Connections end with a reset when the pod behind them has been ended, when its node is

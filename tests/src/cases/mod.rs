@@ -334,6 +334,11 @@ fn leaving() -> Vec<Test> {
             drain::the_last_backend_keeps_its_connections,
         ),
         ipvs(
+            "drain/clients-within-the-cluster-keep-theirs",
+            10,
+            drain::clients_within_the_cluster_keep_theirs,
+        ),
+        ipvs(
             "drain/connections-end-with-who-is-behind-them",
             10,
             drain::connections_end_with_who_is_behind_them,
