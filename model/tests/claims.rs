@@ -10,7 +10,7 @@ use ferrule_model::diff::{diff, diff_all};
 use ferrule_model::kube::{
     AddressKind, AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind,
     LoadBalancerIngress, Node, NodeAddress, Object, ObjectKey, SERVICE_NAME_LABEL, Service,
-    ServicePort, ServiceType,
+    ServicePort, ServiceSpec, ServiceType,
 };
 use ferrule_model::names::ObjectName;
 use ferrule_model::network::Policy;
@@ -271,6 +271,39 @@ fn who_wins_an_address_wins_the_internal_clients_too() {
     let (scope, _) = view.take([Event::Deleted(older.key())]);
     follow(&view, &mut kernel, &scope);
     assert_eq!(holder(&view), "younger");
+}
+
+/// A Service that moves to an address which another one holds: nothing leads to its virtual
+/// service by mark any more.
+#[test]
+fn the_last_address_that_is_held_takes_the_internal_clients_with_it() {
+    let mut younger = service("younger", &["10.96.0.2"], &["203.0.113.2"]);
+    younger.metadata.creation_timestamp = Timestamp::parse("2026-01-02T00:00:00Z");
+    let mut older = service("older", &["10.96.0.1"], &["203.0.113.1"]);
+    older.metadata.creation_timestamp = Timestamp::parse("2026-01-01T00:00:00Z");
+    let endpoint = |service: &str, address: &str| {
+        Object::EndpointSlice(slice(service, service, &[(address, "n1", 'r')]))
+    };
+    let mut view = NodeView::new("n0", Policy::default());
+    let mut kernel = Observed::default();
+    let moved = Service {
+        spec: ServiceSpec {
+            external_ips: vec!["203.0.113.1".to_owned()],
+            ..younger.spec.clone()
+        },
+        ..younger.clone()
+    };
+    for (object, marked) in [
+        (Object::Service(older), 0),
+        (endpoint("older", "10.1.1.1"), 1),
+        (Object::Service(younger), 1),
+        (endpoint("younger", "10.1.1.2"), 2),
+        (Object::Service(moved), 1),
+    ] {
+        let (scope, _) = view.take([told(object)]);
+        follow(&view, &mut kernel, &scope);
+        assert_eq!(view.desired().marked().count(), marked);
+    }
 }
 
 /// A pod with an address of each family is one endpoint, and one that terminates none.
