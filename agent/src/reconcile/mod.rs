@@ -620,6 +620,9 @@ impl Reconciler {
             self.observed = None;
             self.kernel_fault(&error, "VIPs cannot be bound");
         }
+        if self.network.devices_are_suspect() {
+            self.tunings.look_at_devices(&self.settings.sysctls);
+        }
         let was_known = self.network.is_known();
         let device = self.kernel.as_ref().and_then(Node::device_index).or(device);
         if let Some(own) = self.network.addresses(device, &mut self.faults).await {

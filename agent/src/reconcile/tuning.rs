@@ -8,7 +8,7 @@ use ferrule_api::status::SysctlStatus;
 use ferrule_datapath::ipvs::Timeouts;
 use ferrule_datapath::modules::load_bridge_netfilter;
 use ferrule_datapath::tuning::{self, Tuning, tune};
-use ferrule_datapath::{Changed, Node as Kernel, Sysctls, probe};
+use ferrule_datapath::{Changed, Node as Kernel, Sysctls, ensure_forwarding, probe};
 use ferrule_model::kube::Node;
 use ferrule_model::network::{DetectLocal, parse_network};
 use ipnetwork::IpNetwork;
@@ -116,6 +116,14 @@ impl Tunings {
     /// Addresses or pod ranges changed: a bridge of pods may have come.
     pub(super) fn bridges_are_suspect(&mut self) {
         self.bridges = Bridges::Suspect;
+    }
+
+    /// A device that has come takes router advertisements as those did that were there before.
+    pub(super) fn look_at_devices(&mut self, sysctls: &Sysctls) {
+        if let Err(error) = ensure_forwarding(sysctls) {
+            warn!(%error, "a device that has come may lack a setting");
+        }
+        self.read_record(sysctls);
     }
 
     /// Takes in what is recorded. A record that cannot be read was told when it was written.

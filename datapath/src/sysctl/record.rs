@@ -109,6 +109,13 @@ impl Sysctls {
         Some((read(&noted.before)?, read(&noted.value)?))
     }
 
+    /// What was there before we wrote a setting first, if we did.
+    pub(super) fn first(&self, key: &str) -> Option<String> {
+        let changed = self.content().ok()?.changed;
+        let noted = changed.into_iter().find(|one| one.key == key)?;
+        Some(noted.before)
+    }
+
     /// Everything that was changed in this boot.
     ///
     /// # Errors
