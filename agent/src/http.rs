@@ -160,6 +160,10 @@ mod tests {
         }
         let one = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let port = one.local_addr().unwrap().port();
-        assert!(TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await.is_err());
+        assert!(
+            TcpStream::connect((Ipv6Addr::LOCALHOST, port))
+                .await
+                .is_err()
+        );
     }
 }
