@@ -424,7 +424,6 @@ impl Reconciler {
             let nat = self.view.source_nat();
             match Node::open(self.settings.clone(), nat, !self.knows_all()).await {
                 Ok(kernel) => {
-                    self.tunings.read_record(&self.settings.sysctls);
                     self.set_timeouts(&kernel).await;
                     self.kernel = Some(kernel);
                 }
@@ -621,7 +620,7 @@ impl Reconciler {
             self.kernel_fault(&error, "VIPs cannot be bound");
         }
         if self.network.devices_are_suspect() {
-            self.tunings.look_at_devices(&self.settings.sysctls);
+            tuning::look_at_devices(&self.settings.sysctls);
         }
         let was_known = self.network.is_known();
         let device = self.kernel.as_ref().and_then(Node::device_index).or(device);
