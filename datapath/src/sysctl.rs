@@ -7,6 +7,7 @@ use std::io;
 use std::path::PathBuf;
 
 use self::advertisements::Machine;
+pub(crate) use self::record::TIMEOUTS;
 pub use self::record::{Changed, Sysctls};
 
 /// A setting that could not be read or written.
