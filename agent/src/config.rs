@@ -25,7 +25,7 @@ use ipnetwork::IpNetwork;
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer};
 
-pub(crate) use self::kube_proxy::KubeProxy;
+pub(crate) use self::kube_proxy::{KubeProxy, host_name};
 use crate::plain_file;
 use crate::source::document;
 

@@ -39,21 +39,18 @@ pub(crate) type Answer = Response<Full<Bytes>>;
 /// Pause before a port that is taken is tried again.
 const RETRY: Duration = Duration::from_secs(30);
 
-/// Listens at an address; `::` is every address of both families, unless the machine has no IPv6.
+/// Listens at an address; the unspecified one of either family is every address of both, as Go
+/// has it, unless the machine has no IPv6.
 ///
 /// # Errors
 /// When it cannot be had.
 pub(crate) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let bound = if address.ip() == Ipv6Addr::UNSPECIFIED {
-        bind_both(address)
-    } else {
-        TcpListener::bind(address).await
-    };
-    match bound {
-        Err(error)
-            if error.kind() != io::ErrorKind::AddrInUse
-                && address.ip() == Ipv6Addr::UNSPECIFIED =>
-        {
+    if !address.ip().is_unspecified() {
+        return TcpListener::bind(address).await;
+    }
+    let both = SocketAddr::from((Ipv6Addr::UNSPECIFIED, address.port()));
+    match bind_both(both) {
+        Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
             TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
         }
         bound => bound,
@@ -140,4 +137,33 @@ pub(crate) fn plain(status: StatusCode, words: impl Into<Bytes>) -> Answer {
     let mut response = Response::new(Full::from(words.into()));
     *response.status_mut() = status;
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn every_address_is_that_of_both_families() {
+        for every in ["0.0.0.0:0", "[::]:0"] {
+            let listener = bind(every.parse().unwrap()).await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            for ip in [
+                IpAddr::from(Ipv4Addr::LOCALHOST),
+                Ipv6Addr::LOCALHOST.into(),
+            ] {
+                let reached = TcpStream::connect((ip, port)).await;
+                assert!(reached.is_ok(), "{every} by {ip}: {reached:?}");
+            }
+        }
+        let one = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let port = one.local_addr().unwrap().port();
+        assert!(
+            TcpStream::connect((Ipv6Addr::LOCALHOST, port))
+                .await
+                .is_err()
+        );
+    }
 }

@@ -196,7 +196,7 @@ async fn run(settings: RunSettings) -> anyhow::Result<()> {
     let asker = Asker::new(asker);
     let (holds, held) = watch::channel(config.clone());
     tokio::spawn(reload::follow(
-        settings.config.clone(),
+        settings.clone(),
         hangup,
         holds,
         asker.clone(),

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use self::exposed::Exposed;
-use self::format::Format;
+use self::format::CLASSIC;
 use crate::config::Config;
 use crate::desk::Desk;
 use crate::http::{self, Answer, plain};
@@ -82,7 +82,7 @@ async fn answer(request: &Request<Incoming>, face: &Face) -> Answer {
             let text = json!({"kubeproxy.config.k8s.io": face.configuration.effective()});
             of_kind("application/json", text.to_string())
         }
-        _ => metrics(request, face).await,
+        _ => metrics(face).await,
     }
 }
 
@@ -96,33 +96,25 @@ fn of_kind(kind: &'static str, text: String) -> Answer {
     response
 }
 
-async fn metrics(request: &Request<Incoming>, face: &Face) -> Answer {
+/// Whatever a request accepts, as kube-proxy does.
+async fn metrics(face: &Face) -> Answer {
     let Some(status) = face.desk.status().await else {
         return plain(StatusCode::SERVICE_UNAVAILABLE, "the agent is busy\n");
     };
-    let accept = request.headers().get(header::ACCEPT);
-    let format = Format::wanted(accept.and_then(|accept| accept.to_str().ok()));
-    match text(*status, &face.programming, format) {
-        Ok(text) => of_kind(format.content_type(), text),
+    match text(*status, &face.programming) {
+        Ok(text) => of_kind(CLASSIC, text),
         Err(_) => plain(StatusCode::INTERNAL_SERVER_ERROR, "cannot be written\n"),
     }
 }
 
 /// The exposition of a status, and of what was counted.
-fn text(
-    status: Status,
-    programming: &Programming,
-    format: Format,
-) -> Result<String, std::fmt::Error> {
+fn text(status: Status, programming: &Programming) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Exposed(status)));
     programming.register(&mut registry);
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry)?;
-    Ok(match format {
-        Format::Open => text,
-        Format::Classic => format::classic(&text),
-    })
+    Ok(format::classic(&text))
 }
 
 #[cfg(test)]

@@ -13,6 +13,8 @@ use ferrule_model::names::{IfName, NameError};
 use ferrule_model::ownership::{NFT_TABLE, VIP_DEVICE};
 use ferrule_model::trace::{parse_from, parse_to};
 
+use crate::config;
+
 /// Node networking for Kubernetes: services through kernel IPVS, and pod addresses.
 #[derive(Debug, Parser)]
 #[command(name = "ferrule-agent", version)]
@@ -296,10 +298,9 @@ pub(crate) struct NodeSettings {
 pub(crate) struct ListenAddress(pub(crate) Option<SocketAddr>);
 
 fn node_name(text: &str) -> Result<String, String> {
-    if text.trim().is_empty() {
-        return Err("give the name of the Node object, as `kubectl get nodes` shows it".to_owned());
-    }
-    Ok(text.to_owned())
+    config::host_name(text).ok_or_else(|| {
+        "give the name of the Node object, as `kubectl get nodes` shows it".to_owned()
+    })
 }
 
 fn listen_address(text: &str) -> Result<ListenAddress, String> {
@@ -358,6 +359,8 @@ mod tests {
         for (arguments, node, verbosity) in [
             (&["--hostname-override=a", "--v=2"][..], Some("a"), 2),
             (&["--hostname-override", "a", "--v", "4"], Some("a"), 4),
+            (&["--hostname-override= Node-1 "], Some("node-1"), 0),
+            (&["--node=Node-1"], Some("node-1"), 0),
             (&["-v", "6"], None, 6),
             (&[], None, 0),
         ] {

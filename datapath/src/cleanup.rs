@@ -52,7 +52,9 @@ pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
     } else if let Err(error) = filter::remove(&settings.nft_program, &settings.nft_table).await {
         problems.push(error.to_string());
     }
-    if let Err(error) = restore_timeouts(&settings.sysctls).await {
+    let timeouts = restore_timeouts(&settings.sysctls).await;
+    let keeps_timeouts = timeouts.is_err();
+    if let Err(error) = timeouts {
         problems.push(format!("time-outs of IPVS: {error}"));
     }
     if let Err(error) = remove_routes().await {
@@ -63,7 +65,9 @@ pub async fn cleanup(settings: Settings) -> Result<(), CleanupError> {
     if has_pods {
         info!("forwarding stays on for the pods of this node; clean up again when they are gone");
     }
-    let is_needed = |key: &str| has_pods && sysctl::is_for_pods(key);
+    let is_needed = |key: &str| {
+        (has_pods && sysctl::is_for_pods(key)) || (keeps_timeouts && key == sysctl::TIMEOUTS)
+    };
     problems.extend(settings.sysctls.restore(is_needed));
     if problems.is_empty() {
         Ok(())

@@ -1,5 +1,7 @@
 //! Kernel modules that services need.
 
+mod lists;
+
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::process::Stdio;
@@ -7,7 +9,9 @@ use std::time::Duration;
 
 use tokio::process::Command;
 use tokio::time::timeout;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
+
+pub use self::lists::{Lists, State};
 
 /// A kernel module and what needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,21 +116,22 @@ pub fn is_loaded(name: &str) -> bool {
     Path::new(LOADED).join(name).exists()
 }
 
-/// Loads what is not there yet and returns what is missing then. That is no
-/// failure by itself: a container may lack the program, or a kernel have it
-/// built in without saying so. Whoever needs the module finds out, and has the
-/// better message.
+/// Loads what is not there yet and returns what is missing then, or of what nothing can be known:
+/// a container may lack the program and the lists. That is no failure by itself: whoever needs the
+/// module finds out, and has the better message.
 ///
 /// `table_bits`: binary logarithm of the buckets of IPVS's connection table; see
 /// [`wanted_table_bits`]. It is an option of the module, for as long as that is loaded.
-pub async fn load(table_bits: Option<u8>) -> Vec<Module> {
+pub async fn load(table_bits: Option<u8>) -> Vec<(Module, State)> {
     let table_bits = wanted_table_bits(table_bits);
+    let lists = Lists::read();
     let mut missing = Vec::new();
     for module in NEEDED {
+        let state = lists.state(module.name);
         let of_module = table_bits.filter(|_| module.name == IPVS);
         let option = of_module.map(|bits| format!("{TABLE_BITS}={bits}"));
-        if !is_loaded(module.name) && !load_one(module.name, option).await {
-            missing.push(module);
+        if state != State::There && !load_one(module.name, option).await {
+            missing.push((module, state));
         }
     }
     missing
@@ -172,30 +177,49 @@ pub fn connection_table_bits() -> Option<u8> {
 /// What could not be loaded at the last attempt. An agent that cannot program services tries
 /// again for as long as it runs; its log says what is missing only when that changes.
 #[derive(Debug, Default)]
-pub struct Missing(Vec<Module>);
+pub struct Missing(Vec<(Module, State)>);
 
 impl Missing {
     /// Loads what is not there yet, as [`load`] does.
     pub async fn load(&mut self, table_bits: Option<u8>) {
         let missing = load(table_bits).await;
-        if self.note(missing) {
-            let names: Vec<&str> = self.0.iter().map(|module| module.name).collect();
-            let mut serves: Vec<&str> = self.0.iter().map(|module| module.serves).collect();
-            serves.dedup();
+        if !self.note(missing) {
+            return;
+        }
+        let (unknown, missing): (Vec<_>, Vec<_>) =
+            (self.0.iter()).partition(|(_, state)| *state == State::Unknown);
+        if !missing.is_empty() {
+            let (modules, needed_for) = told(&missing);
             warn!(
-                modules = names.join(" "),
-                needed_for = serves.join(", "),
-                "kernel modules could not be loaded; what needs them fails and says so"
+                modules,
+                needed_for, "kernel modules could not be loaded; what needs them fails and says so"
+            );
+        }
+        if !unknown.is_empty() {
+            let (modules, needed_for) = told(&unknown);
+            info!(
+                modules,
+                needed_for,
+                "kernel modules could neither be loaded nor looked up below /lib/modules; if the \
+                 kernel has them built in, all is well, and what lacks one says so"
             );
         }
     }
 
     /// Whether there is something to tell.
-    fn note(&mut self, missing: Vec<Module>) -> bool {
+    fn note(&mut self, missing: Vec<(Module, State)>) -> bool {
         let news = missing != self.0 && !missing.is_empty();
         self.0 = missing;
         news
     }
+}
+
+/// Their names, and what needs them.
+fn told(modules: &[&(Module, State)]) -> (String, String) {
+    let names: Vec<&str> = modules.iter().map(|(module, _)| module.name).collect();
+    let mut serves: Vec<&str> = modules.iter().map(|(module, _)| module.serves).collect();
+    serves.dedup();
+    (names.join(" "), serves.join(", "))
 }
 
 /// What is built in counts as loaded, the program says.
@@ -226,12 +250,17 @@ mod tests {
     #[test]
     fn what_is_missing_is_told_when_it_changes() {
         let mut missing = Missing::default();
+        let absent = |count: usize| -> Vec<(Module, State)> {
+            let modules = NEEDED.into_iter().take(count);
+            modules.map(|module| (module, State::Absent)).collect()
+        };
         assert!(!missing.note(Vec::new()));
-        assert!(missing.note(NEEDED[..2].to_vec()));
-        assert!(!missing.note(NEEDED[..2].to_vec()), "told already");
-        assert!(missing.note(NEEDED[..1].to_vec()));
+        assert!(missing.note(absent(2)));
+        assert!(!missing.note(absent(2)), "told already");
+        assert!(missing.note(absent(1)));
         assert!(!missing.note(Vec::new()), "nothing is missing any more");
-        assert!(missing.note(NEEDED[..1].to_vec()), "again");
+        assert!(missing.note(absent(1)), "again");
+        assert!(missing.note(vec![(NEEDED[0], State::Unknown)]), "another");
     }
 
     #[test]

@@ -1,14 +1,13 @@
 //! Kernel settings that pods and services need.
 
+mod advertisements;
 mod record;
 
-use std::collections::BTreeSet;
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-use ferrule_model::ownership::is_of_a_pod;
-
+use self::advertisements::Machine;
+pub(crate) use self::record::TIMEOUTS;
 pub use self::record::{Changed, Sysctls};
 
 /// A setting that could not be read or written.
@@ -55,9 +54,7 @@ pub(crate) fn is_for_pods(key: &str) -> bool {
 /// # Errors
 /// The first setting that cannot be made.
 pub fn ensure_forwarding(sysctls: &Sysctls) -> Result<(), SysctlError> {
-    // Without IPv6 there are none.
-    let routes = fs::read_to_string(ROUTES).unwrap_or_default();
-    keep_router_advertisements(sysctls, &routes)?;
+    advertisements::keep(sysctls, &Machine::read())?;
     ensure(sysctls, &FORWARDING)
 }
 
@@ -83,51 +80,9 @@ fn ensure(sysctls: &Sysctls, settings: &[Setting]) -> Result<(), SysctlError> {
     Ok(())
 }
 
-/// The kernel's routes of IPv6, as this thread's network namespace has them.
-const ROUTES: &str = "/proc/thread-self/net/ipv6_route";
-
-/// `RTF_ADDRCONF`: learnt from a router advertisement.
-const LEARNT: u32 = 0x0004_0000;
-
-/// Turning forwarding on drops default routes that were learnt from router
-/// advertisements, unless their device says that it wants them all the same. No other device
-/// is told so: whoever sends on it could give this node a route.
-fn keep_router_advertisements(sysctls: &Sysctls, routes: &str) -> Result<(), SysctlError> {
-    for name in learnt_by(routes) {
-        let key = format!("net/ipv6/conf/{name}/accept_ra");
-        let path = sysctls.root.join(&key);
-        if fs::read_to_string(&path).is_ok_and(|text| text.trim() == "1") {
-            let value = "2";
-            sysctls.write(&key, value).map_err(|source| SysctlError {
-                path,
-                value,
-                source,
-            })?;
-        }
-    }
-    Ok(())
-}
-
-/// Devices with a default route that was learnt.
-fn learnt_by(routes: &str) -> BTreeSet<&str> {
-    let lines = routes.lines().map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        fields
-    });
-    let devices = lines.filter_map(|fields| {
-        // Destination, its prefix, source, its prefix, gateway, metric, two counts, flags, device.
-        let [to, "00", _, _, _, _, _, _, flags, device] = fields[..] else {
-            return None;
-        };
-        let flags = u32::from_str_radix(flags, 16).ok()?;
-        let is_default = to.bytes().all(|digit| digit == b'0');
-        (is_default && flags & LEARNT != 0 && !is_of_a_pod(device)).then_some(device)
-    });
-    devices.collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::Path;
 
     use super::*;
@@ -143,46 +98,22 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_is_written_and_learnt_routes_are_kept() {
+    fn what_differs_is_written() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         for (key, _, _) in FORWARDING.iter().chain(&SERVICES) {
             put(root, key, "0\n");
         }
         put(root, "net/ipv4/vs/conntrack", "1\n");
-        for device in ["eth0", "eth2", "default"] {
-            put(root, &format!("net/ipv6/conf/{device}/accept_ra"), "1\n");
-        }
-        put(root, "net/ipv6/conf/eth1/accept_ra", "0\n");
         let sysctls = Sysctls {
             root: root.to_owned(),
             record: None,
         };
-        let line = |flags: &str, device: &str| {
-            let zero = "0".repeat(32);
-            format!(
-                "{zero} 00 {zero} 00 fe800000000000000000000000000001 00000400 00000001 00000000 {flags} {device}\n"
-            )
-        };
-        let routes = [
-            line("00450003", "eth0"),
-            line("00450003", "eth1"),
-            line("00000003", "eth2"),
-            line("00450003", "fer0123456789ab"),
-        ];
-        let routes = routes.concat();
-        assert_eq!(learnt_by(&routes), BTreeSet::from(["eth0", "eth1"]));
-        keep_router_advertisements(&sysctls, &routes).unwrap();
         ensure_forwarding(&sysctls).unwrap();
         ensure_services(&sysctls).unwrap();
         assert_eq!(get(root, "net/ipv4/ip_forward"), "1");
         assert_eq!(get(root, "net/ipv4/vs/expire_nodest_conn"), "1");
         assert_eq!(get(root, "net/ipv4/vs/conntrack"), "1\n", "not touched");
-        assert_eq!(get(root, "net/ipv6/conf/eth0/accept_ra"), "2");
-        for (device, value) in [("eth1", "0\n"), ("eth2", "1\n"), ("default", "1\n")] {
-            let key = format!("net/ipv6/conf/{device}/accept_ra");
-            assert_eq!(get(root, &key), value, "{device}");
-        }
         fs::remove_dir_all(root.join("net/ipv6")).unwrap();
         ensure_forwarding(&sysctls).unwrap();
         fs::remove_file(root.join("net/ipv4/vs/conntrack")).unwrap();

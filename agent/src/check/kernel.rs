@@ -10,7 +10,7 @@ const CHECK: &str = "kernel version";
 const OLDEST: (u32, u32) = (5, 15);
 
 /// The release of the running kernel, such as `6.1.0-18-amd64`.
-pub(super) fn release() -> String {
+fn release() -> String {
     let text = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     text.trim().to_owned()
 }

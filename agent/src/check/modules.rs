@@ -1,13 +1,10 @@
 //! Kernel modules: which of those that services need are there, or can be loaded.
 
-use std::fs;
-use std::path::Path;
-
 use ferrule_datapath::modules::{
-    Module, NEEDED, connection_table_bits, of_scheduler, remedy, wanted_table_bits,
+    Lists, Module, NEEDED, State, connection_table_bits, of_scheduler, remedy, wanted_table_bits,
 };
 
-use super::{Finding, Outcome, kernel, rights};
+use super::{Finding, Outcome, rights};
 
 const CHECK: &str = "kernel modules";
 const TABLE: &str = "connection table";
@@ -17,63 +14,6 @@ const VETH: Module = Module {
     name: "veth",
     serves: "pods",
 };
-
-/// How a module stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// In the kernel.
-    There,
-    /// It lies on the disk.
-    Loadable,
-    /// It is nowhere.
-    Absent,
-    /// There is no list that could tell.
-    Unknown,
-}
-
-/// What the machine tells about modules.
-#[derive(Debug, Default)]
-struct Lists {
-    /// `modules.builtin` and `modules.dep` of the running kernel.
-    built_in: Option<String>,
-    on_disk: Option<String>,
-    /// The kernel can load modules at all.
-    modular: bool,
-}
-
-impl Lists {
-    fn read() -> Self {
-        let folder = Path::new("/lib/modules").join(kernel::release());
-        Self {
-            built_in: fs::read_to_string(folder.join("modules.builtin")).ok(),
-            on_disk: fs::read_to_string(folder.join("modules.dep")).ok(),
-            modular: Path::new("/proc/modules").exists(),
-        }
-    }
-
-    fn state(&self, module: &str, loaded: bool) -> State {
-        let lists = |text: &Option<String>| text.as_ref().is_some_and(|text| names(text, module));
-        if loaded || lists(&self.built_in) {
-            State::There
-        } else if !self.modular || self.on_disk.is_none() {
-            State::Unknown
-        } else if lists(&self.on_disk) {
-            State::Loadable
-        } else {
-            State::Absent
-        }
-    }
-}
-
-/// Whether a list of paths such as `kernel/net/netfilter/ipvs/ip_vs.ko.xz: ...` has the module.
-fn names(list: &str, module: &str) -> bool {
-    list.lines().any(|line| {
-        let path = line.split(':').next().unwrap_or_default();
-        let file = path.rsplit('/').next().unwrap_or_default();
-        let stem = file.split(".ko").next().unwrap_or_default();
-        stem.replace('-', "_") == module
-    })
-}
 
 /// What is known about modules.
 pub(super) struct Modules {
@@ -86,17 +26,21 @@ pub(super) struct Modules {
 /// Looks for all of them and that of the scheduler; `may_load`: settings allow it.
 pub(super) fn look(may_load: bool, scheduler: &str) -> Modules {
     let lists = Lists::read();
-    let loaded = |module: &Module| Path::new("/sys/module").join(module.name).exists();
     let states: Vec<(Module, State)> = NEEDED
         .into_iter()
         .chain(of_scheduler(scheduler))
         .chain([VETH])
-        .map(|module| (module, lists.state(module.name, loaded(&module))))
+        .map(|module| (module, lists.state(module.name)))
         .collect();
     let asking_is_harmless =
-        !lists.modular || states.iter().all(|(_, state)| *state == State::There);
+        !lists.modular() || states.iter().all(|(_, state)| *state == State::There);
     Modules {
-        finding: judge(&states, lists.modular, may_load, rights::may_load_modules()),
+        finding: judge(
+            &states,
+            lists.modular(),
+            may_load,
+            rights::may_load_modules(),
+        ),
         asking_is_harmless,
     }
 }
@@ -191,35 +135,6 @@ fn list(modules: &[Module]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn lists(modular: bool) -> Lists {
-        Lists {
-            built_in: Some("kernel/drivers/net/veth.ko\n".to_owned()),
-            on_disk: Some(
-                "kernel/net/netfilter/ipvs/ip_vs.ko.xz: kernel/net/netfilter/nf_conntrack.ko.xz\n\
-                 kernel/net/netfilter/nf-tables.ko:\n"
-                    .to_owned(),
-            ),
-            modular,
-        }
-    }
-
-    #[test]
-    fn a_module_is_found_by_its_name_alone() {
-        let lists = lists(true);
-        for (module, state) in [
-            ("veth", State::There),
-            ("ip_vs", State::Loadable),
-            ("nf_tables", State::Loadable),
-            // Another module needs it; that alone puts it nowhere.
-            ("nf_conntrack", State::Absent),
-            ("ip_v", State::Absent),
-        ] {
-            assert_eq!(lists.state(module, false), state, "{module}");
-            assert_eq!(lists.state(module, true), State::There, "{module}");
-        }
-        assert_eq!(Lists::default().state("ip_vs", false), State::Unknown);
-    }
 
     #[test]
     fn what_is_missing_is_named_with_what_it_serves() {

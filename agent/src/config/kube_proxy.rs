@@ -43,6 +43,10 @@ const KEYS: [&str; 5] = [
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
 
+/// Longest span of time that every kernel counts: it does so in ticks, of which there are up to
+/// 1,000 a second.
+const LONGEST: Duration = Duration::from_secs(2_147_483);
+
 /// kube-proxy's defaults.
 const SYNC_PERIOD: Duration = Duration::from_secs(30);
 const MAX_PER_CORE: u32 = 32_768;
@@ -238,6 +242,11 @@ pub(super) fn parse(text: &str) -> Result<Config, String> {
     };
     let kubeconfig = file.client_connection.and_then(|of| of.kubeconfig);
     let excluded = ipvs.exclude_cidrs.unwrap_or_default();
+    let mut span = |field: &str, written: Option<GoDuration>| {
+        let (span, note) = bounded(field, written.unwrap_or_default().0);
+        notes.extend(note);
+        span
+    };
     let kube_proxy = KubeProxy {
         is_read: true,
         mode,
@@ -255,18 +264,18 @@ pub(super) fn parse(text: &str) -> Result<Config, String> {
             file.healthz_bind_address.as_deref(),
             HEALTHZ_PORT,
         )?,
-        sync_period: Some(span(ipvs.sync_period))
+        sync_period: Some(span("ipvs.syncPeriod", ipvs.sync_period))
             .filter(|period| !period.is_zero())
             .unwrap_or(SYNC_PERIOD),
         tuning: Tuning {
             strict_arp: ipvs.strict_arp.unwrap_or(false),
-            conntrack: conntrack(&file.conntrack.unwrap_or_default())?,
+            conntrack: conntrack(&file.conntrack.unwrap_or_default(), &mut span)?,
             ..Tuning::default()
         },
         timeouts: Timeouts {
-            tcp: span(ipvs.tcp_timeout),
-            tcp_fin: span(ipvs.tcp_fin_timeout),
-            udp: span(ipvs.udp_timeout),
+            tcp: span("ipvs.tcpTimeout", ipvs.tcp_timeout),
+            tcp_fin: span("ipvs.tcpFinTimeout", ipvs.tcp_fin_timeout),
+            udp: span("ipvs.udpTimeout", ipvs.udp_timeout),
         },
         excluded: networks("ipvs.excludeCIDRs", &excluded)?,
     };
@@ -296,17 +305,30 @@ fn about_mode(mode: &str) -> Result<Option<String>, String> {
 }
 
 /// A name as kube-proxy makes it of what it is told, or of the machine's.
-pub(super) fn host_name(text: &str) -> Option<String> {
+pub(crate) fn host_name(text: &str) -> Option<String> {
     let name = text.trim().to_lowercase();
     (!name.is_empty()).then_some(name)
 }
 
-fn span(written: Option<GoDuration>) -> Duration {
-    written.unwrap_or_default().0
+/// A span of time that the kernel takes, and a line where another one is written.
+fn bounded(field: &str, span: Duration) -> (Duration, Option<String>) {
+    if span <= LONGEST {
+        return (span, None);
+    }
+    let note = format!(
+        "{field} is {}: {} in its place, the longest that every kernel takes",
+        written(span),
+        written(LONGEST)
+    );
+    (LONGEST, Some(note))
 }
 
 /// What is absent or null has kube-proxy's default, and zero leaves the kernel's.
-fn conntrack(file: &ConntrackFile) -> Result<Conntrack, String> {
+fn conntrack(
+    file: &ConntrackFile,
+    mut span: impl FnMut(&str, Option<GoDuration>) -> Duration,
+) -> Result<Conntrack, String> {
+    let or = |written: Option<GoDuration>, usual| Some(written.unwrap_or(GoDuration(usual)));
     let count = |field: &str, written: Option<i32>, default: u32| match written {
         None => Ok(default),
         Some(number) => u32::try_from(number).map_err(|_| {
@@ -319,14 +341,16 @@ fn conntrack(file: &ConntrackFile) -> Result<Conntrack, String> {
     Ok(Conntrack {
         max_per_core: count("maxPerCore", file.max_per_core, MAX_PER_CORE)?,
         min: count("min", file.min, MIN)?,
-        tcp_established: file
-            .tcp_established_timeout
-            .map_or(TCP_ESTABLISHED, |span| span.0),
-        tcp_close_wait: file
-            .tcp_close_wait_timeout
-            .map_or(TCP_CLOSE_WAIT, |span| span.0),
-        udp: span(file.udp_timeout),
-        udp_stream: span(file.udp_stream_timeout),
+        tcp_established: span(
+            "conntrack.tcpEstablishedTimeout",
+            or(file.tcp_established_timeout, TCP_ESTABLISHED),
+        ),
+        tcp_close_wait: span(
+            "conntrack.tcpCloseWaitTimeout",
+            or(file.tcp_close_wait_timeout, TCP_CLOSE_WAIT),
+        ),
+        udp: span("conntrack.udpTimeout", file.udp_timeout),
+        udp_stream: span("conntrack.udpStreamTimeout", file.udp_stream_timeout),
     })
 }
 

@@ -1,39 +1,15 @@
-//! The two text formats of metrics.
+//! The text format of metrics.
 //!
-//! The library writes OpenMetrics. The older format, which everything reads that asks for
-//! nothing, differs in that a counter's name has its suffix everywhere.
+//! The library writes OpenMetrics. The older format, which kube-proxy serves to everybody, differs
+//! in that a counter's name has its suffix everywhere, and in how it writes the bounds of buckets:
+//! a bound is a label, so another way to write it is another series.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-/// A text format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
-    /// The text format of Prometheus, version 0.0.4.
-    Classic,
-    /// OpenMetrics 1.0.
-    Open,
-}
-
-impl Format {
-    /// The one that a request's header `Accept` asks for.
-    pub(super) fn wanted(accept: Option<&str>) -> Self {
-        // Who accepts OpenMetrics prefers it.
-        if accept.is_some_and(|accept| accept.contains("application/openmetrics-text")) {
-            Self::Open
-        } else {
-            Self::Classic
-        }
-    }
-
-    /// `Content-Type`.
-    pub(super) fn content_type(self) -> &'static str {
-        match self {
-            Self::Classic => "text/plain; version=0.0.4; charset=utf-8",
-            Self::Open => "application/openmetrics-text; version=1.0.0; charset=utf-8",
-        }
-    }
-}
+/// `Content-Type` of the text format of Prometheus, version 0.0.4.
+pub(super) const CLASSIC: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// OpenMetrics in the classic format.
 pub(super) fn classic(open: &str) -> String {
@@ -52,10 +28,26 @@ pub(super) fn classic(open: &str) -> String {
                 writeln!(text, "{kind}{name}_total {words}")
             }
             None if line == "# EOF" => Ok(()),
-            Some(_) | None => writeln!(text, "{line}"),
+            Some(_) => writeln!(text, "{line}"),
+            None => writeln!(text, "{}", with_gos_bound(line)),
         };
     }
     text
+}
+
+/// A bucket's line with its bound as Go writes one: whole numbers have no point.
+fn with_gos_bound(line: &str) -> Cow<'_, str> {
+    let (name, labels) = line.split_once('{').unwrap_or((line, ""));
+    if !name.ends_with("_bucket") || line.starts_with('#') {
+        return Cow::Borrowed(line);
+    }
+    let bound = labels.split_once("le=\"").map(|(_, rest)| rest);
+    let bound = bound.and_then(|rest| rest.split_once('"'));
+    let Some((bound, whole)) = bound.and_then(|(b, _)| Some((b, b.strip_suffix(".0")?))) else {
+        return Cow::Borrowed(line);
+    };
+    let (written, gos) = (format!("le=\"{bound}\""), format!("le=\"{whole}\""));
+    Cow::Owned(line.replacen(&written, &gos, 1))
 }
 
 #[cfg(test)]
@@ -74,11 +66,18 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_for_nothing_gets_the_classic_one() {
-        let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1";
-        assert_eq!(Format::wanted(Some(prometheus)), Format::Open);
-        for accept in [None, Some("*/*"), Some("text/plain"), Some("")] {
-            assert_eq!(Format::wanted(accept), Format::Classic);
+    fn bounds_are_written_as_go_does() {
+        for (line, expected) in [
+            ("a_bucket{le=\"1.0\"} 3", "a_bucket{le=\"1\"} 3"),
+            (
+                "a_bucket{x=\"1.0\",le=\"60.0\"} 3",
+                "a_bucket{x=\"1.0\",le=\"60\"} 3",
+            ),
+            ("a_bucket{le=\"0.25\"} 3", "a_bucket{le=\"0.25\"} 3"),
+            ("a_bucket{le=\"+Inf\"} 3", "a_bucket{le=\"+Inf\"} 3"),
+            ("a{le=\"1.0\"} 3", "a{le=\"1.0\"} 3"),
+        ] {
+            assert_eq!(with_gos_bound(line), expected);
         }
     }
 }

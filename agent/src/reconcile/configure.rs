@@ -52,7 +52,6 @@ impl Reconciler {
         self.settings.connection_table_bits = config.connection_table_bits;
         if let Some(kernel) = self.kernel.take() {
             self.tunings.set_sysctls(&self.settings.sysctls);
-            self.tunings.read_record(&self.settings.sysctls);
             self.set_timeouts(&kernel).await;
             self.kernel = Some(kernel);
         }

@@ -427,7 +427,6 @@ impl Reconciler {
             let nat = self.view.source_nat();
             match Node::open(self.settings.clone(), nat, !self.knows_all()).await {
                 Ok(kernel) => {
-                    self.tunings.read_record(&self.settings.sysctls);
                     self.set_timeouts(&kernel).await;
                     self.kernel = Some(kernel);
                 }
@@ -622,6 +621,9 @@ impl Reconciler {
             self.kernel = None;
             self.observed = None;
             self.kernel_fault(&error, "VIPs cannot be bound");
+        }
+        if self.network.devices_are_suspect() {
+            tuning::look_at_devices(&self.settings.sysctls);
         }
         let was_known = self.network.is_known();
         let device = self.kernel.as_ref().and_then(Node::device_index).or(device);

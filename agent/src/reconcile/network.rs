@@ -29,6 +29,15 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Pause before something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// Whether all devices have the settings that they need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Devices {
+    /// One has come.
+    Suspect,
+    /// As far as was looked.
+    Looked,
+}
+
 /// What is known of devices, addresses and routes.
 pub(super) struct Network {
     vip_device: String,
@@ -40,6 +49,7 @@ pub(super) struct Network {
     bindings_suspect: bool,
     addresses_suspect: bool,
     routes_suspect: bool,
+    devices: Devices,
     next_look: Instant,
     own: Option<Vec<OwnAddress>>,
     table: Option<RouteTable>,
@@ -59,6 +69,7 @@ impl Network {
             bindings_suspect: false,
             addresses_suspect: true,
             routes_suspect: true,
+            devices: Devices::Looked,
             next_look: Instant::now(),
             own: None,
             table: None,
@@ -124,6 +135,7 @@ impl Network {
                     self.bindings_suspect = true;
                     self.addresses_suspect = true;
                     self.routes_suspect = true;
+                    self.devices = Devices::Suspect;
                 }
                 News::Link { index, name, gone } => {
                     let is_device = Some(index) == device;
@@ -135,6 +147,9 @@ impl Network {
                         // their own.
                         self.addresses_suspect = true;
                         self.routes_suspect = true;
+                        if !gone {
+                            self.devices = Devices::Suspect;
+                        }
                         // So do local routes with the loopback device, and addresses with theirs.
                         self.bindings_suspect |= self.binding != VipBinding::Address;
                     }
@@ -205,6 +220,16 @@ impl Network {
     /// Whether VIPs may be bound otherwise than believed. Asked once, the suspicion is over.
     pub(super) fn bindings_are_suspect(&mut self) -> bool {
         std::mem::take(&mut self.bindings_suspect)
+    }
+
+    /// Whether there may be a device that needs settings of its own. Asked once, the suspicion
+    /// is over.
+    pub(super) fn devices_are_suspect(&mut self) -> bool {
+        let suspect = self.devices == Devices::Suspect && Instant::now() >= self.next_look;
+        if suspect {
+            self.devices = Devices::Looked;
+        }
+        suspect
     }
 
     /// Nodes, addresses or routes changed.

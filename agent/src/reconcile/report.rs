@@ -292,7 +292,7 @@ impl Reconciler {
             failed_operations: self.faults.failed(),
             events: self.events.tally().counts(),
             socket: SocketStatus::default(),
-            sysctls: self.tunings.status(),
+            sysctls: self.tunings.status(&self.settings.sysctls),
             problems,
             problem_count,
             conditions,

@@ -8,7 +8,7 @@ use ferrule_api::status::SysctlStatus;
 use ferrule_datapath::ipvs::Timeouts;
 use ferrule_datapath::modules::load_bridge_netfilter;
 use ferrule_datapath::tuning::{self, Tuning, tune};
-use ferrule_datapath::{Changed, Node as Kernel, Sysctls, probe};
+use ferrule_datapath::{Node as Kernel, Sysctls, ensure_forwarding, probe};
 use ferrule_model::kube::Node;
 use ferrule_model::network::{DetectLocal, parse_network};
 use ipnetwork::IpNetwork;
@@ -40,8 +40,6 @@ pub(super) struct Tunings {
     told: BTreeMap<&'static str, SysctlStatus>,
     /// When those that could not be made are tried again.
     look_at: Instant,
-    /// Everything that was changed in this boot.
-    recorded: Vec<Changed>,
 }
 
 impl Tunings {
@@ -53,7 +51,6 @@ impl Tunings {
             timeouts: config.kube_proxy.timeouts,
             told: BTreeMap::new(),
             look_at: Instant::now(),
-            recorded: Vec::new(),
         }
     }
 
@@ -118,23 +115,27 @@ impl Tunings {
         self.bridges = Bridges::Suspect;
     }
 
-    /// Takes in what is recorded. A record that cannot be read was told when it was written.
-    pub(super) fn read_record(&mut self, sysctls: &Sysctls) {
-        if let Ok(changed) = sysctls.changed() {
-            self.recorded = changed;
-        }
-    }
-
-    pub(super) fn status(&self) -> Vec<SysctlStatus> {
-        let others = self.recorded.iter();
+    /// What is asked for, and everything else that was changed in this boot, by whichever part of
+    /// the agent: so the record is read when somebody asks. That it cannot be was told when it was
+    /// written.
+    pub(super) fn status(&self, sysctls: &Sysctls) -> Vec<SysctlStatus> {
+        let recorded = sysctls.changed().unwrap_or_default();
+        let others = recorded.into_iter();
         let others = others.filter(|changed| !self.told.contains_key(&*changed.key));
         let others = others.map(|changed| SysctlStatus {
             name: changed.key.replace('/', "."),
-            before: Some(changed.before.clone()),
-            value: changed.value.clone(),
+            before: Some(changed.before),
+            value: changed.value,
             problem: None,
         });
         self.told.values().cloned().chain(others).collect()
+    }
+}
+
+/// A device that has come takes router advertisements as those did that were there before.
+pub(super) fn look_at_devices(sysctls: &Sysctls) {
+    if let Err(error) = ensure_forwarding(sysctls) {
+        warn!(%error, "a device that has come may lack a setting");
     }
 }
 
@@ -173,7 +174,6 @@ impl Reconciler {
         };
         if changed || (self.tunings.look_at <= Instant::now() && fails()) {
             self.tunings.set_sysctls(&self.settings.sysctls);
-            self.tunings.read_record(&self.settings.sysctls);
         }
     }
 
@@ -223,5 +223,46 @@ impl Reconciler {
                 "correct ipvs.tcpTimeout, tcpFinTimeout and udpTimeout; until then the kernel's hold",
             ),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// Also where the kernel could not be opened, and nothing is asked for.
+    #[test]
+    fn whatever_was_changed_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let sysctls = Sysctls {
+            root: folder.path().join("sys"),
+            record: Some(folder.path().join("sysctls.json")),
+        };
+        for (key, value) in [
+            ("kernel/random/boot_id", "boot"),
+            ("net/ipv4/ip_forward", "0"),
+            ("net/ipv4/conf/all/send_redirects", "1"),
+        ] {
+            let path = sysctls.root.join(key);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, value).unwrap();
+        }
+        let tunings = Tunings::new(&Config::default());
+        assert_eq!(tunings.status(&sysctls), []);
+        ensure_forwarding(&sysctls).unwrap();
+        let told = tunings.status(&sysctls);
+        let told: Vec<(&str, Option<&str>, &str)> = told
+            .iter()
+            .map(|one| (&*one.name, one.before.as_deref(), &*one.value))
+            .collect();
+        assert_eq!(
+            told,
+            [
+                ("net.ipv4.ip_forward", Some("0"), "1"),
+                ("net.ipv4.conf.all.send_redirects", Some("1"), "0"),
+            ]
+        );
     }
 }

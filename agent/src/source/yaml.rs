@@ -487,7 +487,7 @@ fn words(found: Unexpected<'_>, wanted: &str) -> String {
         Unexpected::Bool(value) => format!("the boolean {value}"),
         Unexpected::Unsigned(number) => format!("the number {number}"),
         Unexpected::Signed(number) => format!("the number {number}"),
-        Unexpected::Float(number) => format!("the number {number}"),
+        Unexpected::Float(number) => format!("the number {number:?}"),
         Unexpected::Str(_) => format!("the text {:?}", text.as_deref().unwrap_or_default()),
         Unexpected::Unit => "null".to_owned(),
         Unexpected::Seq => "a list".to_owned(),
@@ -510,6 +510,9 @@ fn words(found: Unexpected<'_>, wanted: &str) -> String {
         ("a sequence", Some(text)) => format!("a list, such as [{text}]"),
         ("a sequence", None) => "a list, each entry on a line of its own behind \"- \"".to_owned(),
         ("a map", _) => "a mapping, each field on a line of its own".to_owned(),
+        (number, _) if scalar && let Some(most) = greatest(number) => {
+            format!("a whole number, {most} at most")
+        }
         ("f32" | "f64" | "i64" | "u64" | "i32" | "u32" | "i16" | "u16" | "i8" | "u8", _) => {
             "a number, without quotes".to_owned()
         }
@@ -519,6 +522,21 @@ fn words(found: Unexpected<'_>, wanted: &str) -> String {
         (other, _) => other.to_owned(),
     };
     format!("is {there}; write {remedy}")
+}
+
+/// The greatest number of a type of whole ones.
+fn greatest(kind: &str) -> Option<u64> {
+    match kind {
+        "i8" => Some(i8::MAX.unsigned_abs().into()),
+        "u8" => Some(u8::MAX.into()),
+        "i16" => Some(i16::MAX.unsigned_abs().into()),
+        "u16" => Some(u16::MAX.into()),
+        "i32" => Some(i32::MAX.unsigned_abs().into()),
+        "u32" => Some(u32::MAX.into()),
+        "i64" => Some(i64::MAX.unsigned_abs()),
+        "u64" => Some(u64::MAX),
+        _ => None,
+    }
 }
 
 /// The beginning of a text that may be as long as its file.

@@ -20,7 +20,7 @@ const BOOT: &str = "kernel/random/boot_id";
 
 /// Stands in the record for IPVS's time-outs, which are no file below `/proc/sys`: those of
 /// TCP, TCP after a FIN and UDP, in seconds.
-const TIMEOUTS: &str = "ipvs/timeouts";
+pub(crate) const TIMEOUTS: &str = "ipvs/timeouts";
 
 /// Only one thread writes the file at a time.
 static WRITING: Mutex<()> = Mutex::new(());
@@ -109,6 +109,13 @@ impl Sysctls {
         Some((read(&noted.before)?, read(&noted.value)?))
     }
 
+    /// What was there before we wrote a setting first, if we did.
+    pub(super) fn first(&self, key: &str) -> Option<String> {
+        let changed = self.content().ok()?.changed;
+        let noted = changed.into_iter().find(|one| one.key == key)?;
+        Some(noted.before)
+    }
+
     /// Everything that was changed in this boot.
     ///
     /// # Errors
@@ -184,14 +191,16 @@ impl Sysctls {
             Ok(content) => content,
             Err(error) => return vec![format!("{}: {error}", path.display())],
         };
-        let mut changed = std::mem::take(&mut content.changed);
-        // Who restores has set them.
-        changed.retain(|one| one.key != TIMEOUTS);
+        let changed = std::mem::take(&mut content.changed);
+        // Who restores sets them, and says so where that failed.
+        let (timeouts, changed): (Vec<_>, Vec<_>) =
+            changed.into_iter().partition(|one| one.key == TIMEOUTS);
         // What goes with a setting that stays waits for it.
         let stays = changed.iter().any(|one| is_needed(&one.key));
-        let (needed, changed): (Vec<_>, Vec<_>) = changed
+        let (mut needed, changed): (Vec<_>, Vec<_>) = changed
             .into_iter()
             .partition(|one| is_needed(&one.key) || (stays && one.before == one.value));
+        needed.extend(timeouts.into_iter().filter(|one| is_needed(&one.key)));
         let mut problems = Vec::new();
         // All are read before one is written, for one may change another.
         let present: Vec<io::Result<String>> = changed
@@ -323,6 +332,10 @@ mod tests {
         assert_eq!(place.sysctls.timeouts(), Some((before, value)));
         let later = timeouts([70, 120, 30]);
         place.sysctls.note_timeouts(&value, &later);
+        assert_eq!(place.sysctls.timeouts(), Some((before, later)));
+        // They could not be put back: the next attempt needs the record.
+        let failed = |key: &str| key == TIMEOUTS;
+        assert_eq!(place.sysctls.restore(failed), Vec::<String>::new());
         assert_eq!(place.sysctls.timeouts(), Some((before, later)));
         assert_eq!(place.sysctls.restore(|_| false), Vec::<String>::new());
         assert_eq!(place.sysctls.timeouts(), None);

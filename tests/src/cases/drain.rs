@@ -295,7 +295,6 @@ pub(super) fn clients_within_the_cluster_keep_theirs(context: &mut Context) -> a
     };
     world::wait_for_ipvs(&scene.node, "both by mark", |table| by_mark(table, 1))?;
     let mut open = connections(scene.client.netns(), vips)?;
-    open.extend(connections(scene.node.netns(), vips)?);
     live(&mut open, "one")?;
     scene.list(&[(&scene.one, UNREADY)])?;
     world::wait_for_ipvs(&scene.node, "their leaving", |table| by_mark(table, 0))?;

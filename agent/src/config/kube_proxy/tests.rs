@@ -113,11 +113,44 @@ fn mistakes_are_named_with_field_and_remedy() {
         ),
         ("conntrack: {min: -1}\n", "conntrack.min: -1 is no number"),
         ("conntrack: {maxPerCore: lots}\n", "conntrack.maxPerCore"),
+        (
+            "conntrack: {min: 3000000000}\n",
+            "conntrack.min: is the number 3000000000; write a whole number, 2147483647 at most",
+        ),
+        (
+            "conntrack: {min: 2.0}\n",
+            "conntrack.min: is the number 2.0; write a whole number",
+        ),
+        ("ipvs: {udpTimeout: 9999999h}\n", "is no span"),
     ] {
         let text = format!("apiVersion: {API_VERSION}\nkind: {KIND}\n{more}");
         let error = Config::parse(&text).unwrap_err();
         assert!(error.contains(words), "{more}: {error}");
     }
+}
+
+#[test]
+fn what_the_kernel_cannot_count_is_shortened_and_told() {
+    let text = format!(
+        "apiVersion: {API_VERSION}\nkind: {KIND}\nmode: ipvs\n\
+         conntrack: {{tcpEstablishedTimeout: 720h, udpTimeout: 596h31m23s}}\n\
+         ipvs: {{tcpTimeout: 1000h}}\n"
+    );
+    let config = Config::parse(&text).unwrap();
+    let kube_proxy = &config.kube_proxy;
+    assert_eq!(kube_proxy.tuning.conntrack.tcp_established, LONGEST);
+    assert_eq!(kube_proxy.tuning.conntrack.udp, LONGEST);
+    assert_eq!(kube_proxy.timeouts.tcp, LONGEST);
+    let words = "596h31m23s in its place, the longest that every kernel takes";
+    let mut notes = config.notes.clone();
+    notes.sort();
+    assert_eq!(
+        notes,
+        [
+            format!("conntrack.tcpEstablishedTimeout is 720h0m0s: {words}"),
+            format!("ipvs.tcpTimeout is 1000h0m0s: {words}"),
+        ]
+    );
 }
 
 #[test]
