@@ -7,7 +7,7 @@
 #[path = "config/effective.rs"]
 mod effective;
 #[path = "config/kube_proxy.rs"]
-mod kube_proxy;
+pub(crate) mod kube_proxy;
 
 use std::fmt;
 use std::fs;
@@ -25,7 +25,7 @@ use ipnetwork::IpNetwork;
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer};
 
-pub(crate) use self::kube_proxy::{KubeProxy, host_name};
+pub(crate) use self::kube_proxy::KubeProxy;
 use crate::plain_file;
 use crate::source::document;
 
