@@ -41,6 +41,7 @@ mod socket;
 mod source;
 mod start;
 mod status;
+mod systemd;
 mod trace;
 mod walk;
 pub(crate) mod world;
@@ -333,6 +334,7 @@ fn leaving() -> Vec<Test> {
             10,
             drain::the_last_backend_keeps_its_connections,
         ),
+        ipvs("systemd/the-unit-runs", 15, systemd::the_unit_runs),
         ipvs(
             "drain/clients-within-the-cluster-keep-theirs",
             10,
