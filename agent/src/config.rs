@@ -25,7 +25,7 @@ use ipnetwork::IpNetwork;
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer};
 
-pub(crate) use self::kube_proxy::{KubeProxy, host_name};
+pub(crate) use self::kube_proxy::KubeProxy;
 use crate::plain_file;
 use crate::source::document;
 
@@ -316,6 +316,11 @@ impl Config {
             ..Self::default()
         })
     }
+}
+
+/// A name of a node as kube-proxy makes it of what it is told, by flag or by field.
+pub(crate) fn host_name(text: &str) -> Option<String> {
+    kube_proxy::host_name(text)
 }
 
 fn comma_separated(text: &str) -> Vec<String> {
