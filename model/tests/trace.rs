@@ -321,6 +321,12 @@ fn a_backend_that_leaves_is_told() {
     for change in diff_all(view.desired(), &observed.clone()) {
         observed.record(&change);
     }
+    let key = ServiceKey::Address(parse_to(VIP).unwrap());
+    let wanted = view.desired().virtual_service(&key);
+    assert!(
+        observed.serves(&key, wanted.as_ref()),
+        "so says status, too"
+    );
     let seen = Seen {
         ruleset: Ruleset::AsLoaded,
         table: "ferrule".to_owned(),
