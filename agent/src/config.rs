@@ -318,6 +318,11 @@ impl Config {
     }
 }
 
+/// A name of a node as kube-proxy makes it of what it is told, by flag or by field.
+pub(crate) fn host_name(text: &str) -> Option<String> {
+    kube_proxy::host_name(text)
+}
+
 fn comma_separated(text: &str) -> Vec<String> {
     let parts = text.split(',').map(str::trim);
     let parts = parts.filter(|part| !part.is_empty());

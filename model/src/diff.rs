@@ -254,10 +254,7 @@ fn diff_service(
     changes: &mut Vec<Change>,
 ) {
     let present = observed.services.get(&key);
-    let wanted = present.map_or(wanted.clone(), |present| {
-        with_leaving(key, wanted, present, desired)
-    });
-    match (wanted, present) {
+    match (expected(key, wanted, present, desired), present) {
         (None, None) => {}
         (None, Some(_)) => changes.push(Change::RemoveService(key)),
         (Some(wanted), None) => {
@@ -280,7 +277,20 @@ fn diff_service(
     }
 }
 
-/// What is wanted, and what leaves and keeps its connections.
+/// What a virtual service should be that is `present`: what is wanted, and what leaves and keeps
+/// its connections.
+pub(crate) fn expected(
+    key: ServiceKey,
+    wanted: Option<VirtualService>,
+    present: Option<&VirtualService>,
+    desired: &Desired,
+) -> Option<VirtualService> {
+    match present {
+        Some(present) => with_leaving(key, wanted, present, desired),
+        None => wanted,
+    }
+}
+
 fn with_leaving(
     key: ServiceKey,
     wanted: Option<VirtualService>,

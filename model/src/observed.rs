@@ -174,7 +174,7 @@ impl Observed {
     }
 
     /// Whether a virtual service is as wanted, or is not there where none is; what leaves
-    /// may be there besides.
+    /// may be there besides, with the scheduler that leads past it.
     #[must_use]
     pub fn serves(&self, key: &ServiceKey, wanted: Option<&VirtualService>) -> bool {
         let none = VirtualService::default();
@@ -186,7 +186,13 @@ impl Observed {
             *weight == 0 && !servers.contains_key(server)
         };
         let here = |(server, weight)| present.servers.get(server) == Some(weight);
-        wanted.is_none_or(|wanted| wanted.scheduling == present.scheduling)
+        let is_scheduled = |wanted: &VirtualService| {
+            let wanted = wanted.scheduling.clone();
+            present.scheduling == wanted
+                || (present.servers.iter().any(leaves)
+                    && present.scheduling == wanted.around_weight_0())
+        };
+        wanted.is_none_or(is_scheduled)
             && servers.iter().all(here)
             && present
                 .servers

@@ -6,11 +6,12 @@
 )]
 
 use std::fmt::Write as _;
+use std::time::Instant;
 
 use expect_test::expect;
 use ferrule_model::address::{BackendAddr, Protocol};
 use ferrule_model::cluster::Event;
-use ferrule_model::diff::diff_all;
+use ferrule_model::diff::{diff_all, everything};
 use ferrule_model::kube::{
     AddressKind, AddressType, Endpoint, EndpointPort, EndpointSlice, LoadBalancerIngress, Node,
     NodeAddress, Object, SERVICE_NAME_LABEL, Service, ServicePort, ServiceType,
@@ -45,15 +46,8 @@ fn service() -> Service {
     service
 }
 
-/// A Service with an endpoint here and one elsewhere; for clients from beyond, policy Local.
-fn view() -> NodeView {
-    let mut node = Node::default();
-    "node-a".clone_into(&mut node.metadata.name);
-    node.spec.pod_cidrs = vec!["10.244.1.0/24".to_owned()];
-    node.status.addresses = vec![NodeAddress {
-        kind: AddressKind::InternalIP,
-        address: "192.0.2.1".to_owned(),
-    }];
+/// The slice of these addresses.
+fn slice(addresses: &[(&str, &str)]) -> Object {
     let mut slice = EndpointSlice::default();
     "web".clone_into(&mut slice.metadata.name);
     let label = (SERVICE_NAME_LABEL.to_owned(), "web".to_owned());
@@ -64,18 +58,28 @@ fn view() -> NodeView {
         protocol: Protocol::Tcp,
         ..EndpointPort::default()
     }];
-    let endpoints = [("10.244.1.11", "node-a"), ("10.244.2.11", "node-b")];
-    slice.endpoints = endpoints
-        .map(|(address, node)| Endpoint {
-            addresses: vec![address.to_owned()],
-            node_name: Some(node.to_owned()),
-            ..Endpoint::default()
-        })
-        .into();
+    let endpoints = addresses.iter().map(|(address, node)| Endpoint {
+        addresses: vec![(*address).to_owned()],
+        node_name: Some((*node).to_owned()),
+        ..Endpoint::default()
+    });
+    slice.endpoints = endpoints.collect();
+    Object::EndpointSlice(slice)
+}
+
+/// A Service with an endpoint here and one elsewhere; for clients from beyond, policy Local.
+fn view() -> NodeView {
+    let mut node = Node::default();
+    "node-a".clone_into(&mut node.metadata.name);
+    node.spec.pod_cidrs = vec!["10.244.1.0/24".to_owned()];
+    node.status.addresses = vec![NodeAddress {
+        kind: AddressKind::InternalIP,
+        address: "192.0.2.1".to_owned(),
+    }];
     let objects = [
         Object::Node(node),
         Object::Service(service()),
-        Object::EndpointSlice(slice),
+        slice(&[("10.244.1.11", "node-a"), ("10.244.2.11", "node-b")]),
     ];
     let mut view = NodeView::new("node-a", Policy::default());
     view.take(objects.map(|object| Event::Applied(Box::new(object))));
@@ -293,5 +297,115 @@ fn whom_a_hash_leads_to_weight_0_is_told() {
         assert!(trace.contains("and 1 of weight 0"), "{trace}");
         let told = trace.contains("whom the hash leads to one of those is refused");
         assert_eq!(told, is_told, "{scheduler} {flags}: {trace}");
+    }
+}
+
+/// What is compared is the Service with the backends that leave, so that is told.
+#[test]
+fn a_backend_that_leaves_is_told() {
+    let mut view = view();
+    let mut service = service();
+    let annotation = ("ferrule.io/scheduler".to_owned(), "dh".to_owned());
+    service.metadata.annotations.extend([annotation]);
+    view.take([Event::Applied(Box::new(Object::Service(service)))]);
+    let mut observed = whole(&view);
+    view.take([Event::Applied(Box::new(slice(&[(
+        "10.244.1.11",
+        "node-a",
+    )])))]);
+    view.drain(
+        &observed,
+        &everything(view.desired(), &observed),
+        Instant::now(),
+    );
+    for change in diff_all(view.desired(), &observed.clone()) {
+        observed.record(&change);
+    }
+    let key = ServiceKey::Address(parse_to(VIP).unwrap());
+    let wanted = view.desired().virtual_service(&key);
+    assert!(
+        observed.serves(&key, wanted.as_ref()),
+        "so says status, too"
+    );
+    let seen = Seen {
+        ruleset: Ruleset::AsLoaded,
+        table: "ferrule".to_owned(),
+        observed,
+        faults: Vec::new(),
+    };
+    let question = question("10.244.1.12", VIP);
+    let mut trace = Trace::new(&view, &question).unwrap();
+    trace.compare(&view, &question, &seen).unwrap();
+    let balancing = trace.balancing.as_ref().unwrap();
+    assert_eq!(balancing.scheduler, "rr", "the one that is programmed");
+    let backends: Vec<(String, u32, f64, &str)> = trace
+        .backends
+        .iter()
+        .map(|one| {
+            (
+                one.address.to_string(),
+                one.weight,
+                one.percent,
+                &*one.state,
+            )
+        })
+        .collect();
+    assert_eq!(
+        backends,
+        [
+            ("10.244.1.11".to_owned(), 1, 100.0, "ready"),
+            ("10.244.2.11".to_owned(), 0, 0.0, "leaving"),
+        ]
+    );
+    let says = |step: &str| {
+        let mut steps = trace.steps.iter();
+        steps.find(|one| one.step == step).unwrap().says.clone()
+    };
+    assert_eq!(
+        says("balancing"),
+        "IPVS takes it by virtual service 10.96.0.10:80/TCP and chooses the next in turn: \
+         scheduler rr, 1 backend; beside 1 backend that leaves and keeps its connections, weight 0."
+    );
+    let live = trace.live.unwrap();
+    assert_eq!(live.broken, 0, "{live:?}");
+    let told: Vec<&str> = live
+        .checks
+        .iter()
+        .filter(|check| matches!(&*check.step, "service" | "backends"))
+        .flat_map(|check| check.says.iter().map(String::as_str))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            "Virtual service 10.96.0.10:80/TCP is there (scheduler rr).",
+            "Its real servers and their weights are as they should be (2, of which 1 leaves).",
+        ]
+    );
+}
+
+/// It calls with the VIP as its source, which no range means.
+#[test]
+fn the_nodes_address_decides_for_its_processes() {
+    for (range, words) in [
+        (
+            "192.0.2.1/32",
+            "loadBalancerSourceRanges (192.0.2.1/32) admit 192.0.2.1, this node's address, which \
+             decides for its processes.",
+        ),
+        (
+            "203.0.113.0/24",
+            "loadBalancerSourceRanges (203.0.113.0/24) do not admit 192.0.2.1, this node's address, \
+             which decides for its processes.",
+        ),
+    ] {
+        let mut service = service();
+        service.spec.load_balancer_source_ranges = vec![range.to_owned()];
+        let mut view = view();
+        view.take([Event::Applied(Box::new(Object::Service(service)))]);
+        let trace = Trace::new(&view, &question("192.0.2.1", BALANCER)).unwrap();
+        let admission = trace.steps.iter().find(|one| one.step == "admission");
+        assert_eq!(admission.unwrap().says, words);
+        let verdict = &trace.steps.last().unwrap().says;
+        assert!(!verdict.contains("203.0.113.10."), "{verdict}");
     }
 }

@@ -128,7 +128,8 @@ pub(crate) fn before_start(settings: &RunSettings) -> anyhow::Result<(Config, St
         state::folder(&settings.state_dir),
         socket::check_patiently(&settings.socket),
     ];
-    for finding in findings {
+    let filter = sysctls::reverse_path_filter(&node.sysctls.root);
+    for finding in findings.into_iter().chain(filter) {
         match finding.result {
             Outcome::Ok => {}
             Outcome::Warning => warn!("{}", finding.sentence()),

@@ -305,7 +305,7 @@ fn about_mode(mode: &str) -> Result<Option<String>, String> {
 }
 
 /// A name as kube-proxy makes it of what it is told, or of the machine's.
-pub(crate) fn host_name(text: &str) -> Option<String> {
+pub(super) fn host_name(text: &str) -> Option<String> {
     let name = text.trim().to_lowercase();
     (!name.is_empty()).then_some(name)
 }

@@ -187,6 +187,18 @@ impl Source {
         self.report = report;
     }
 
+    /// What was not read to its end, in words: of what, since when and why.
+    pub(super) fn missing(&self) -> String {
+        let seconds = now().saturating_sub(self.started);
+        let why = self.report.troubles.first();
+        let why = why.map_or_else(String::new, |trouble| {
+            let mut words = format!(" ({}: {})", trouble.object, trouble.problem);
+            cut(&mut words);
+            words
+        });
+        format!("{} since its start {seconds} s ago{why}", self.name)
+    }
+
     fn problems(&self, complete: bool) -> Vec<Problem> {
         let troubles = self.report.troubles.iter().map(|trouble| Problem {
             object: trouble.object.clone(),

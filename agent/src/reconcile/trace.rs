@@ -20,6 +20,9 @@ impl Reconciler {
     pub(super) async fn trace(&self, asked: &TraceRequest) -> TraceReply {
         let question = &asked.question;
         let mut trace = Trace::new(&self.view, question).map_err(|error| bad_question(&error))?;
+        if !self.complete && !is_known(&trace) {
+            return Err(unread(&trace, &self.source.missing()));
+        }
         if asked.live {
             let scope = scope(&self.view, question).map_err(|error| bad_question(&error))?;
             let seen = self.see(&scope).await.map_err(|error| unseen(&error))?;
@@ -68,6 +71,25 @@ impl Reconciler {
     }
 }
 
+/// Whether what is said holds whatever else is read: that nothing is there, no endpoint or no
+/// Service, may only seem so.
+fn is_known(trace: &Trace) -> bool {
+    trace.outcome.verdict == "forwarded" || trace.outcome.rule.as_deref() == Some("notAdmitted")
+}
+
+/// `missing`: of what, since when and why.
+fn unread(trace: &Trace, missing: &str) -> CallError {
+    CallError {
+        code: ErrorCode::NotReady,
+        message: format!(
+            "this agent has not read everything of {missing}, so it cannot know what {} is, nor \
+             whether the kernel has it from an agent before; see `ferrule-agent status` for what \
+             it waits for, and ask again when that is read",
+            trace.to
+        ),
+    }
+}
+
 fn bad_question(error: &QuestionError) -> CallError {
     CallError {
         code: ErrorCode::BadRequest,
@@ -81,5 +103,37 @@ fn unseen(error: &str) -> CallError {
         message: format!(
             "the kernel cannot be looked at: {error}; ask again in a moment, or without --live"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ferrule_model::network::Policy;
+    use ferrule_model::trace::{Question, parse_from, parse_to};
+    use ferrule_model::view::NodeView;
+
+    use super::*;
+
+    #[test]
+    fn who_has_read_nothing_does_not_say_that_it_is_nobodys() {
+        let view = NodeView::new("a", Policy::default());
+        let from = parse_from("10.244.1.10").unwrap();
+        let question = Question::new(from, parse_to("10.96.0.10:80/tcp").unwrap(), None).unwrap();
+        let trace = Trace::new(&view, &question).unwrap();
+        assert_eq!(trace.outcome.verdict, "passed");
+        assert!(!is_known(&trace));
+        let error = unread(
+            &trace,
+            "https://192.0.2.1 since its start 5 s ago (refused)",
+        );
+        assert_eq!(error.code, ErrorCode::NotReady);
+        assert!(
+            error.message.starts_with(
+                "this agent has not read everything of https://192.0.2.1 since its start 5 s ago \
+                 (refused), so it cannot know what 10.96.0.10:80/TCP is"
+            ),
+            "{}",
+            error.message
+        );
     }
 }

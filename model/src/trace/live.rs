@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Question, QuestionError, Trace, Walk, words};
 use crate::change::Change;
 use crate::desired::Scope;
-use crate::diff::diff;
+use crate::diff::{diff, expected};
 use crate::observed::Observed;
 use crate::service::{MAX_WEIGHT, Mark, ServiceKey};
 use crate::view::NodeView;
@@ -105,7 +105,7 @@ impl Trace {
                 return None;
             }
             if wrong.is_empty() {
-                return praise(step, &walk).map(|says| Check {
+                return praise(step, &walk, seen).map(|says| Check {
                     step: step.to_owned(),
                     ok: true,
                     says: vec![says],
@@ -344,10 +344,15 @@ fn set(name: &str, ip: IpAddr) -> String {
 }
 
 /// What is right; `None` where nothing of the kind is on the way.
-fn praise(step: &str, walk: &Walk<'_>) -> Option<String> {
+fn praise(step: &str, walk: &Walk<'_>, seen: &Seen) -> Option<String> {
     let desired = walk.view.desired();
     let to = walk.question.to;
     let frontend = walk.frontend();
+    let service = || {
+        let (key, service) = walk.steps.service.clone()?;
+        let present = seen.observed.services.get(&key);
+        Some((key, expected(key, Some(service), present, desired)?))
+    };
     match step {
         "guard" => desired
             .is_vip(to.ip)
@@ -364,17 +369,22 @@ fn praise(step: &str, walk: &Walk<'_>) -> Option<String> {
         "mark" => desired
             .mark(&to)
             .map(|mark| format!("Clients within the cluster of {to} get mark {mark:#x}.")),
-        "service" => walk.steps.service.as_ref().map(|(key, service)| {
+        "service" => service().map(|(key, service)| {
             format!(
                 "Virtual service {key} is there ({}).",
                 words::scheduling(&service.scheduling)
             )
         }),
-        "backends" => walk.steps.service.as_ref().map(|(_, service)| {
-            format!(
-                "Its real servers and their weights are as they should be ({}).",
-                service.servers.len()
-            )
+        "backends" => service().map(|(_, service)| {
+            let all = service.servers.len();
+            let wanted = walk.steps.service.iter();
+            let wanted: usize = wanted.map(|(_, wanted)| wanted.servers.len()).sum();
+            let leaving = match all.saturating_sub(wanted) {
+                0 => String::new(),
+                1 => ", of which 1 leaves".to_owned(),
+                more => format!(", of which {more} leave"),
+            };
+            format!("Its real servers and their weights are as they should be ({all}{leaving}).")
         }),
         _ => (!walk.scope().hairpins.is_empty())
             .then(|| "The client, which is a backend, is in the set of hairpins.".to_owned()),

@@ -13,7 +13,7 @@ mod odds;
 mod question;
 mod words;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ use crate::desired::{Frontend, FrontendKind, Scope};
 use crate::endpoints::{BackendState, Backends};
 use crate::ownership::HOST_VETH_PREFIX;
 use crate::policy_words::TrafficPolicy;
-use crate::service::{Scheduling, ServiceKey};
+use crate::service::{Scheduling, ServiceKey, Weight};
 use crate::source_nat::SourceNat;
 use crate::verdict::{self, Loss, Packet, Refusal, Source, Steps, Verdict, Within};
 use crate::view::NodeView;
@@ -148,9 +148,9 @@ pub struct BackendStep {
     pub port: u16,
     /// Its weight; 0 takes no new connection.
     pub weight: u32,
-    /// How likely the next new connection is led to it.
+    /// How likely the next new connection is led to it; at weight 0, and refused for that.
     pub percent: f64,
-    /// `ready` or `terminating`.
+    /// `ready` or `terminating`; or `leaving`: it is no backend any more, and keeps its connections.
     pub state: String,
     /// Whether it runs on this node.
     pub local: bool,
@@ -245,6 +245,27 @@ impl<'a> Walk<'a> {
             Some(internal) if self.is_by_mark() => Some((&internal.scheduling, &internal.backends)),
             Some(_) | None => Some((&frontend.scheduling, &frontend.backends)),
         }
+    }
+
+    /// What is in that virtual service for old connections alone: no new one is led to it.
+    fn leaving(&self) -> Vec<BackendAddr> {
+        let Some((key, service)) = &self.steps.service else {
+            return Vec::new();
+        };
+        let kept = self.view.desired().drains().kept(*key);
+        kept.filter(|backend| !service.servers.contains_key(backend))
+            .collect()
+    }
+
+    /// How IPVS spreads connections: beside backends that leave, past these.
+    fn scheduling(&self) -> Option<Scheduling> {
+        let (scheduling, _) = self.backends()?;
+        let scheduling = scheduling.clone();
+        Some(if self.leaving().is_empty() {
+            scheduling
+        } else {
+            scheduling.around_weight_0()
+        })
     }
 
     /// Session affinity: how, and for how long.
@@ -347,7 +368,7 @@ impl<'a> Walk<'a> {
     }
 
     fn balancing(&self) -> Option<Balancing> {
-        let (scheduling, _) = self.backends()?;
+        let scheduling = self.scheduling()?;
         let (key, _) = self.steps.service.as_ref()?;
         let affinity = self.affinity();
         Some(Balancing {
@@ -360,13 +381,25 @@ impl<'a> Walk<'a> {
     }
 
     fn backend_steps(&self) -> (Vec<BackendStep>, usize) {
-        let Some((scheduling, backends)) = self.backends() else {
+        let (Some((_, backends)), Some(scheduling)) = (self.backends(), self.scheduling()) else {
             return (Vec::new(), 0);
         };
-        let weights: Vec<_> = backends.values().map(|backend| backend.weight).collect();
-        let odds = odds::odds(&scheduling.scheduler, &weights);
-        let steps = backends.iter().zip(odds).take(MAX_BACKENDS);
-        let steps = steps.map(|((addr, backend), percent)| {
+        let pods = &self.nat.networks.node_pods;
+        let is_here = |ip: IpAddr| pods.iter().any(|network| network.contains(ip));
+        let usable = backends.iter().map(|(addr, backend)| {
+            let state = match backend.state {
+                BackendState::Ready => "ready",
+                BackendState::Terminating => "terminating",
+            };
+            (*addr, (backend.weight, state, backend.local))
+        });
+        let leaving = self.leaving().into_iter();
+        let leaving = leaving.map(|addr| (addr, (0, "leaving", is_here(addr.ip))));
+        let all: BTreeMap<BackendAddr, (Weight, &str, bool)> = leaving.chain(usable).collect();
+        let weights: Vec<_> = all.values().map(|(weight, ..)| *weight).collect();
+        let odds = odds::odds(&scheduling, &weights);
+        let steps = all.iter().zip(odds).take(MAX_BACKENDS);
+        let steps = steps.map(|((addr, (weight, state, local)), percent)| {
             let (sees, masquerade) = match self.source_at(addr) {
                 Some(Source::Replaced(why)) => (Some("node"), Some(why.name())),
                 Some(Source::Kept) => (Some("client"), None),
@@ -375,19 +408,15 @@ impl<'a> Walk<'a> {
             BackendStep {
                 address: addr.ip,
                 port: addr.port,
-                weight: backend.weight,
+                weight: *weight,
                 percent,
-                state: match backend.state {
-                    BackendState::Ready => "ready",
-                    BackendState::Terminating => "terminating",
-                }
-                .to_owned(),
-                local: backend.local,
+                state: (*state).to_owned(),
+                local: *local,
                 sees: sees.map(str::to_owned),
                 masquerade: masquerade.map(str::to_owned),
             }
         });
-        (steps.collect(), backends.len())
+        (steps.collect(), all.len())
     }
 
     fn outcome(&self) -> Outcome {

@@ -1,18 +1,22 @@
 //! How likely the next connection goes to which backend.
 
-use crate::service::{Scheduler, Weight};
+use crate::service::{Scheduler, Scheduling, Weight};
 
 /// The share of each weight in percent, with one digit behind the point; of new clients,
-/// where a client stays with its backend.
-pub(super) fn odds(scheduler: &Scheduler, weights: &[Weight]) -> Vec<f64> {
+/// where a client stays with its backend. Where a hash leads to a backend of weight 0, its share
+/// is of those who are refused.
+pub(super) fn odds(scheduling: &Scheduling, weights: &[Weight]) -> Vec<f64> {
     let greatest = weights.iter().max().copied().unwrap_or_default();
-    let share = |weight: Weight| match scheduler {
-        Scheduler::RoundRobin | Scheduler::LeastConnection | Scheduler::DestinationHash => {
-            u32::from(weight > 0)
-        }
+    let refuses = greatest > 0 && refuses_at_weight_0(scheduling);
+    let share = |weight: Weight| match &scheduling.scheduler {
+        Scheduler::RoundRobin | Scheduler::LeastConnection => u32::from(weight > 0),
+        Scheduler::DestinationHash => u32::from(weight > 0 || refuses),
         Scheduler::WeightedFailover | Scheduler::WeightedOverflow => {
             u32::from(weight > 0 && weight == greatest)
         }
+        // Of its 256 buckets one of weight 0 has as many as one of weight 1
+        // (`ip_vs_sh_reassign`).
+        Scheduler::SourceHash if refuses => weight.max(1),
         Scheduler::WeightedRoundRobin
         | Scheduler::WeightedLeastConnection
         | Scheduler::LocalityLeastConnection
@@ -36,6 +40,16 @@ pub(super) fn odds(scheduler: &Scheduler, weights: &[Weight]) -> Vec<f64> {
         }
     };
     shares.into_iter().map(percent).collect()
+}
+
+/// Whether new connections are refused that a hash leads to a backend of weight 0: `sh` does so,
+/// but for its flag 1, and `dh`; `mh` gives one of weight 0 no bucket (`ip_vs_mh_populate`).
+pub(super) fn refuses_at_weight_0(scheduling: &Scheduling) -> bool {
+    match scheduling.scheduler {
+        Scheduler::SourceHash => scheduling.scheduler_flags & 1 == 0,
+        Scheduler::DestinationHash => true,
+        _ => false,
+    }
 }
 
 /// How a scheduler chooses.
@@ -66,18 +80,37 @@ mod tests {
 
     #[test]
     fn shares_are_those_of_the_scheduler() {
-        let cases: [(Scheduler, &[Weight], &[f64]); 8] = [
-            (Scheduler::RoundRobin, &[1, 3], &[50.0, 50.0]),
-            (Scheduler::RoundRobin, &[1, 1, 1], &[33.3, 33.3, 33.3]),
-            (Scheduler::RoundRobin, &[1, 0], &[100.0, 0.0]),
-            (Scheduler::WeightedRoundRobin, &[1, 3], &[25.0, 75.0]),
-            (Scheduler::MaglevHash, &[65_535, 0], &[100.0, 0.0]),
-            (Scheduler::WeightedFailover, &[1, 3, 2], &[0.0, 100.0, 0.0]),
-            (Scheduler::WeightedRoundRobin, &[0, 0], &[0.0, 0.0]),
-            (Scheduler::RoundRobin, &[], &[]),
+        let cases: [(Scheduler, u8, &[Weight], &[f64]); 13] = [
+            (Scheduler::RoundRobin, 0, &[1, 3], &[50.0, 50.0]),
+            (Scheduler::RoundRobin, 0, &[1, 1, 1], &[33.3, 33.3, 33.3]),
+            (Scheduler::RoundRobin, 0, &[1, 0], &[100.0, 0.0]),
+            (Scheduler::WeightedRoundRobin, 0, &[1, 3], &[25.0, 75.0]),
+            (Scheduler::MaglevHash, 0, &[65_535, 0], &[100.0, 0.0]),
+            (
+                Scheduler::WeightedFailover,
+                0,
+                &[1, 3, 2],
+                &[0.0, 100.0, 0.0],
+            ),
+            (Scheduler::WeightedRoundRobin, 0, &[0, 0], &[0.0, 0.0]),
+            (Scheduler::RoundRobin, 0, &[], &[]),
+            (Scheduler::SourceHash, 0, &[0, 1, 1], &[33.3, 33.3, 33.3]),
+            (Scheduler::SourceHash, 0, &[0, 3], &[25.0, 75.0]),
+            (Scheduler::SourceHash, 1, &[0, 1, 1], &[0.0, 50.0, 50.0]),
+            (Scheduler::SourceHash, 0, &[0, 0], &[0.0, 0.0]),
+            (Scheduler::DestinationHash, 0, &[0, 3], &[50.0, 50.0]),
         ];
-        for (scheduler, weights, shares) in cases {
-            assert_eq!(odds(&scheduler, weights), shares, "{scheduler} {weights:?}");
+        for (scheduler, scheduler_flags, weights, shares) in cases {
+            let scheduling = Scheduling {
+                scheduler,
+                scheduler_flags,
+                persistence: None,
+            };
+            assert_eq!(
+                odds(&scheduling, weights),
+                shares,
+                "{scheduling:?} {weights:?}"
+            );
         }
     }
 

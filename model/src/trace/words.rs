@@ -160,12 +160,25 @@ fn admission(walk: &Walk<'_>) -> Option<String> {
         words.push(format!("and {} more", ranges.len() - MAX_RANGES));
     }
     let words = words.join(", ");
-    let source = walk.source;
+    let who = who_is_admitted(walk);
     Some(if walk.steps.is_admitted {
-        format!("loadBalancerSourceRanges ({words}) admit {source}.")
+        format!("loadBalancerSourceRanges ({words}) admit {who}.")
     } else {
-        format!("loadBalancerSourceRanges ({words}) do not admit {source}.")
+        format!("loadBalancerSourceRanges ({words}) do not admit {who}.")
     })
+}
+
+/// Whose address decides. A process of this node may have the VIP itself as its source, which no
+/// range means.
+fn who_is_admitted(walk: &Walk<'_>) -> String {
+    let to = walk.question.to.ip;
+    if walk.device.is_some() || walk.source != to || !walk.view.desired().is_vip(to) {
+        return walk.source.to_string();
+    }
+    match walk.view.desired().facts().primary.get(&Family::of(to)) {
+        Some(node) => format!("{node}, this node's address, which decides for its processes"),
+        None => "this node, of which no address is known".to_owned(),
+    }
 }
 
 fn policy(walk: &Walk<'_>) -> Option<String> {
@@ -213,7 +226,8 @@ fn affinity(walk: &Walk<'_>) -> Option<String> {
 }
 
 fn balancing(walk: &Walk<'_>) -> Option<String> {
-    let (scheduling, backends) = walk.backends()?;
+    let (_, backends) = walk.backends()?;
+    let scheduling = walk.scheduling()?;
     let (key, _) = walk.steps.service.as_ref()?;
     let usable = backends
         .values()
@@ -231,9 +245,20 @@ fn balancing(walk: &Walk<'_>) -> Option<String> {
     let _ = write!(words, ", {}", count(usable, "backend"));
     if usable < backends.len() {
         let _ = write!(words, " and {} of weight 0", backends.len() - usable);
-        if scheduling.clone().around_weight_0() != *scheduling {
+        if odds::refuses_at_weight_0(&scheduling) {
             words.push_str("; whom the hash leads to one of those is refused");
         }
+    }
+    let leaving = walk.leaving().len();
+    if leaving > 0 {
+        let _ = write!(
+            words,
+            "; beside {}, weight 0",
+            match leaving {
+                1 => "1 backend that leaves and keeps its connections".to_owned(),
+                more => format!("{more} backends that leave and keep their connections"),
+            }
+        );
     }
     words.push('.');
     Some(words)
@@ -352,7 +377,7 @@ fn verdict(walk: &Walk<'_>) -> String {
         ),
         Verdict::Dropped(Loss::NotAdmitted) => format!(
             "Dropped at admission (notAdmitted): {object} has loadBalancerSourceRanges, and they do not name {}.",
-            walk.source
+            who_is_admitted(walk)
         ),
         Verdict::Dropped(Loss::NoLocalEndpoint) => format!(
             "Dropped by the guard (noLocalEndpoint): the policy of {object} is Local, and its usable endpoints are \

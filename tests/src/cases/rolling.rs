@@ -5,12 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail, ensure};
+use serde_json::Value;
 
 use super::segment;
 use super::world;
@@ -111,6 +113,19 @@ impl Farm {
         )?;
         servers.extend(Server::at(&self.netns, &name, &at)?);
         self.servers.insert(number, servers);
+        Ok(())
+    }
+
+    /// Waits until a pod has read every datagram that has come to it.
+    fn settle(&self, number: u16) -> anyhow::Result<()> {
+        for ip in ips(number) {
+            let to = SocketAddr::new(ip, world::TARGET);
+            let outcome = Request::new(Transport::Udp, to).send(&self.netns, ANSWER)?;
+            ensure!(
+                matches!(outcome, Outcome::Answered { .. }),
+                "{to}: {outcome:?}"
+            );
+        }
         Ok(())
     }
 
@@ -248,29 +263,51 @@ fn slices(ready: &BTreeSet<u16>, ending: &BTreeSet<u16>) -> anyhow::Result<Strin
     world::endpoint_slices("web", &endpoints)
 }
 
-/// Waits until the kernel leads new connections and datagrams to these pods alone.
-fn wait_for(node: &Node, pods: &BTreeSet<u16>) -> anyhow::Result<()> {
+/// Waits until `status` says that the Service is in the kernel with these pods.
+fn wait_for(context: &Context, node: &Node, pods: &BTreeSet<u16>) -> anyhow::Result<()> {
+    wait::until_ok("status of a step", wait::SETTLED, || {
+        let mut command = Command::new(context.binary("ferrule-agent")?);
+        command
+            .args(["status", "services", "-o", "json", "--interval", "0"])
+            .arg("--socket")
+            .arg(node.socket())
+            .stdin(Stdio::null());
+        let output = node.netns().run(|| Ok(command.output()?))?;
+        let told: Value = serde_json::from_slice(&output.stdout).with_context(|| {
+            let said = String::from_utf8_lossy(&output.stderr);
+            format!("status ended with {}: {said}", output.status)
+        })?;
+        let rows = told["services"].as_array().context("services")?;
+        let all = rows.iter().all(|row| {
+            row["backends"].as_u64() == u64::try_from(pods.len()).ok() && row["programmed"] == true
+        });
+        // Of each transport and family one.
+        ensure!(all && rows.len() == 4, "{told:#}");
+        Ok(())
+    })
+}
+
+/// What `status` has told: the kernel leads new connections and datagrams to these pods alone.
+fn check(node: &Node, pods: &BTreeSet<u16>) -> anyhow::Result<()> {
     let mut wanted = BTreeSet::new();
     for ip in pods.iter().flat_map(|number| ips(*number)) {
         let mut line = String::new();
         write!(line, "-> {} Masq 1", SocketAddr::new(ip, world::TARGET))?;
         wanted.insert(line);
     }
-    wait::until_ok("the backends of a step", wait::SETTLED, || {
-        let table = dump::ipvs(node.netns())?;
-        let (tcp, udp) = table.split_once("\nUDP").unwrap_or((&table, ""));
-        for part in [tcp, udp] {
-            let lines = part.lines().map(str::trim).filter(|l| l.starts_with("->"));
-            // Of TCP those that drain stay with weight 0.
-            let taking: BTreeSet<String> = lines
-                .filter(|line| !line.ends_with(" 0"))
-                .map(str::to_owned)
-                .collect();
-            ensure!(taking == wanted, "{taking:?} instead of {wanted:?}");
-        }
-        ensure!(!udp.contains(" Masq 0"), "{udp}");
-        Ok(())
-    })
+    let table = dump::ipvs(node.netns())?;
+    let (tcp, udp) = table.split_once("\nUDP").unwrap_or((&table, ""));
+    for part in [tcp, udp] {
+        let lines = part.lines().map(str::trim).filter(|l| l.starts_with("->"));
+        // Of TCP those that drain stay with weight 0.
+        let taking: BTreeSet<String> = lines
+            .filter(|line| !line.ends_with(" 0"))
+            .map(str::to_owned)
+            .collect();
+        ensure!(taking == wanted, "{taking:?} instead of {wanted:?}");
+    }
+    ensure!(!udp.contains(" Masq 0"), "{udp}");
+    Ok(())
 }
 
 pub(super) fn no_request_fails(context: &mut Context) -> anyhow::Result<()> {
@@ -291,7 +328,8 @@ pub(super) fn no_request_fails(context: &mut Context) -> anyhow::Result<()> {
     }
     node.write_manifest("web.yaml", &world::service("web", 10, 80))?;
     node.write_manifest("slices.yaml", &slices(&ready, &BTreeSet::new())?)?;
-    wait_for(&node, &ready)?;
+    wait_for(context, &node, &ready)?;
+    check(&node, &ready)?;
     world::wait_for_service(client.netns(), 10, 80)?;
 
     let shared = Arc::new(Shared::default());
@@ -309,7 +347,7 @@ pub(super) fn no_request_fails(context: &mut Context) -> anyhow::Result<()> {
                 Ok(())
             });
             for _ in 0..BACKENDS / AT_ONCE {
-                step(&node, &mut farm, &shared, &mut ready, &mut next)
+                step(context, &node, &mut farm, &shared, &mut ready, &mut next)
                     .with_context(|| format!("round {round}"))?;
             }
             killer.join().map_err(|_| anyhow!("the killer panicked"))?
@@ -336,6 +374,7 @@ pub(super) fn no_request_fails(context: &mut Context) -> anyhow::Result<()> {
 
 /// Some pods take the place of the oldest ones.
 fn step(
+    context: &Context,
     node: &Node,
     farm: &mut Farm,
     shared: &Shared,
@@ -348,11 +387,17 @@ fn step(
         farm.start(*number)?;
     }
     ready.extend(&new);
+    // `status` tells their number, so that it is another when the old ones are gone.
+    node.write_manifest("slices.yaml", &slices(ready, &BTreeSet::new())?)?;
+    wait_for(context, node, ready)?;
     let old: BTreeSet<u16> = ready.iter().take(AT_ONCE.into()).copied().collect();
     ready.retain(|number| !old.contains(number));
     node.write_manifest("slices.yaml", &slices(ready, &old)?)?;
-    wait_for(node, ready)?;
-    // From here on no datagram goes to them.
+    wait_for(context, node, ready)?;
+    // From here on no datagram goes to them. Those that are there are read before the next one.
+    for number in &old {
+        farm.settle(*number)?;
+    }
     let before: Vec<usize> = old.iter().map(|number| farm.datagrams(*number)).collect();
     lock(&shared.ending).extend(old.iter().map(|number| name(*number)));
     wait::until_ok("the clients of pods that end", wait::SETTLED, || {
@@ -363,6 +408,7 @@ fn step(
     })?;
     thread::sleep(Duration::from_millis(300));
     let after: Vec<usize> = old.iter().map(|number| farm.datagrams(*number)).collect();
+    check(node, ready)?;
     ensure!(
         before == after,
         "datagrams went to removed backends: {before:?} {after:?}"
