@@ -7,7 +7,7 @@
 #[path = "config/effective.rs"]
 mod effective;
 #[path = "config/kube_proxy.rs"]
-pub(crate) mod kube_proxy;
+mod kube_proxy;
 
 use std::fmt;
 use std::fs;

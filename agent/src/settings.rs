@@ -298,7 +298,7 @@ pub(crate) struct NodeSettings {
 pub(crate) struct ListenAddress(pub(crate) Option<SocketAddr>);
 
 fn node_name(text: &str) -> Result<String, String> {
-    config::kube_proxy::host_name(text).ok_or_else(|| {
+    config::host_name(text).ok_or_else(|| {
         "give the name of the Node object, as `kubectl get nodes` shows it".to_owned()
     })
 }

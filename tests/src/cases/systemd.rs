@@ -83,7 +83,12 @@ impl Manager {
     fn wait_until_active(&self) -> anyhow::Result<()> {
         wait::until_ok("an active unit", PATIENCE, || {
             let state = self.show("ActiveState")?;
-            ensure!(state == "active", "{state}");
+            ensure!(
+                state == "active",
+                "{state}; {}\n{}",
+                self.run(&["systemctl", "list-jobs"])?,
+                self.run(&["systemctl", "list-units", "--all"])?
+            );
             Ok(())
         })
     }
