@@ -255,16 +255,16 @@ fn masquerade(
     if frontend.kind == FrontendKind::ClusterIP && strangers.is_some() {
         cases.push("offCluster");
     }
+    let networks = view.networks();
+    let outside = |addr: &BackendAddr| networks.is_outside(addr.ip);
     // Under policy Local a backend on this node answers by way of it; one that clients
     // within the cluster are led to may be on another.
-    let away = || backends.values().any(|backend| !backend.local);
-    if frontend.kind.is_external() && (!frontend.preserves_client || away()) {
+    let away = |addr: &BackendAddr| !view.desired().is_hairpin(addr.ip) && !outside(addr);
+    if frontend.kind.is_external() && (!frontend.preserves_client || backends.keys().any(away)) {
         cases.push("offNode");
     }
-    let networks = view.networks();
-    let outside = || backends.keys().any(|addr| networks.is_outside(addr.ip));
     // No pod is among clients that are told apart as external.
-    if clients != "external" && outside() {
+    if clients != "external" && backends.keys().any(outside) {
         cases.push("podEgress");
     }
     cases

@@ -9,7 +9,7 @@ use ferrule_model::network::DetectLocal;
 use ferrule_model::service::Weight;
 use ferrule_model::verdict::{Loss, Masquerade};
 
-use crate::world::{Call, Client, EXEMPT, SERVICES, World, ip, own, pod, pod_here, within};
+use crate::world::{Call, Client, EXEMPT, SERVICES, World, ip, is_here, own, pod, within};
 
 /// Where the address of a frontend stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,7 +178,7 @@ impl World {
             &["169.254.0.0/16"]
         };
         let beyond = !pod(key.ip) && !own(key.ip) && !within(key.ip, exempt);
-        let egress = call.client == Client::PodHere && beyond;
+        let egress = self.is_pod_of_this_node(call) && beyond;
         Said::Passed(if egress {
             vec![Masquerade::PodEgress]
         } else {
@@ -244,18 +244,19 @@ impl World {
         }
         let mut rows = Vec::new();
         let external = field != Field::Cluster;
-        let beyond = matches!(call.client, Client::PodElsewhere | Client::Stranger);
+        let beyond = call.client != Client::Node && !self.is_pod_of_this_node(call);
         // Who is elsewhere is led by its own node.
-        if backend == call.who && call.client == Client::PodHere {
+        if backend == call.who && is_here(backend) {
             rows.push(Masquerade::Hairpin);
         }
         if call.client == Client::Node && !own(call.target.ip) {
             rows.push(Masquerade::ViaVip);
         }
-        if external && beyond && (policy == "Cluster" || !pod_here(backend)) {
+        if external && beyond && (policy == "Cluster" || !is_here(backend)) {
             rows.push(Masquerade::OffNode);
         }
-        if call.client == Client::PodHere && !pod(backend) {
+        // Also of another node: the backend would answer it and not this node.
+        if pod(call.who) && !pod(backend) {
             rows.push(Masquerade::PodEgress);
         }
         if !external && self.masquerade_all {
@@ -267,11 +268,22 @@ impl World {
         rows
     }
 
+    /// Without a range of the node its pods are like those of others.
+    fn is_pod_of_this_node(&self, call: &Call) -> bool {
+        call.client == Client::PodHere && self.has_range(call)
+    }
+
+    fn has_range(&self, call: &Call) -> bool {
+        self.ranges[usize::from(call.target.ip.is_ipv6())]
+    }
+
     fn is_foreign(&self, call: &Call) -> bool {
         match (&self.detect_local, call.client, call.device) {
             (None, ..) | (_, Client::Node, _) => false,
             (Some(DetectLocal::ClusterCidr), client, _) => client == Client::Stranger,
-            (Some(DetectLocal::NodeCidr), client, _) => client != Client::PodHere,
+            (Some(DetectLocal::NodeCidr), client, _) => {
+                self.has_range(call) && client != Client::PodHere
+            }
             (Some(DetectLocal::BridgeInterface(_)), _, device) => device != Some("cni0"),
             (Some(DetectLocal::InterfaceNamePrefix(_)), _, device) => device == Some("uplink"),
         }
