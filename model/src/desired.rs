@@ -207,7 +207,7 @@ impl Desired {
         }
         self.count_hairpins(&old.hairpins, &plan.hairpins, &mut scope);
         self.count_served(&old.served, &plan.served, &mut scope);
-        match plan.health_check {
+        match plan.health_check.clone() {
             Some(check) => self.health_checks.insert(name.clone(), check),
             None => self.health_checks.remove(name),
         };

@@ -163,7 +163,7 @@ impl Plan {
                 .map(|(service, check)| HealthCheckRow {
                     service: service.to_string(),
                     port: check.port,
-                    local_endpoints: check.local_endpoints,
+                    local_endpoints: check.local_endpoints(),
                 })
                 .collect(),
             conditions,

@@ -302,13 +302,14 @@ fn a_health_check_counts_ready_endpoints_of_this_node() {
         ]);
         let name = ObjectName::new("default", "web");
         let served: Vec<String> = view.desired().served().map(|at| at.to_string()).collect();
-        let check = view.desired().health_checks().get(&name).copied();
+        let check = view.desired().health_checks().get(&name).cloned();
         (check, served)
     };
     let expected = HealthCheck {
         port: 32_000,
-        local_endpoints: 2,
+        ready: BTreeMap::from([(Family::IPv4, 2), (Family::IPv6, 1)]),
     };
+    assert_eq!(expected.local_endpoints(), 2);
     assert_eq!(
         checked(ServiceType::LoadBalancer, "Local", 32_000),
         (Some(expected), vec!["198.51.100.1:32000/TCP".to_owned()])

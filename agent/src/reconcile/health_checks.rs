@@ -57,7 +57,7 @@ impl Reconciler {
             // The API gives a port to one Service; of manifests the first by name has it.
             checks.entry(check.port).or_insert_with(|| Check {
                 service: service.clone(),
-                local_endpoints: check.local_endpoints,
+                health: check.clone(),
             });
         }
         let board = Board {
