@@ -34,6 +34,8 @@ pub(crate) struct ServicePlan {
     pub(crate) served: BTreeSet<FrontendAddr>,
     /// Likewise, also at addresses of this node, where nothing stands in the way.
     pub(crate) asked: BTreeSet<FrontendAddr>,
+    /// Where it answers at addresses that serve node ports: claimed like frontends, and none.
+    pub(crate) checked: BTreeSet<FrontendAddr>,
 }
 
 impl ServicePlan {
@@ -185,6 +187,19 @@ impl Planner<'_> {
             // The node's own addresses have no guard that would refuse it there.
             let vips = common.vips.balancer.difference(&self.facts.own);
             plan.served = vips.map(at).collect();
+            let node = self.facts.node_ports.iter().map(at);
+            // Its own node port there says nothing of health, and is served.
+            let (taken, free) = node.partition(|addr| plan.frontends.contains_key(addr));
+            plan.checked = free;
+            if !BTreeSet::is_empty(&taken) {
+                let message = format!(
+                    "spec.healthCheckNodePort: {}/TCP is a nodePort of the Service, too, which is \
+                     served at the addresses of nodes; give one of the two another port",
+                    check.port
+                );
+                let duplicate = condition(self.name, Reason::DuplicatePort, message);
+                plan.conditions.push(duplicate);
+            }
         }
         plan
     }

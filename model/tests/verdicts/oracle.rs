@@ -67,6 +67,13 @@ pub(crate) fn has(service: &Service, port: &ServicePort, field: Field, key: &Fro
         }
 }
 
+/// Whether the Service asks to have its health told at this port.
+fn is_checked(service: &Service, key: &FrontendAddr) -> bool {
+    service.spec.external_traffic_policy == "Local"
+        && service.spec.health_check_node_port == key.port
+        && key.protocol == Protocol::Tcp
+}
+
 /// Usable endpoints with their weights: ready ones, else serving ones that terminate.
 pub(crate) fn endpoints(
     world: &World,
@@ -150,20 +157,22 @@ impl World {
                     }
                 }
             }
+            // The agent answers, and no younger Service has a node port there.
+            if is_checked(service, key) && own(key.ip) {
+                break;
+            }
         }
         self.not_a_frontend(call)
     }
 
     fn not_a_frontend(&self, call: &Call) -> Said {
         let key = &call.target;
-        let served = |service: &&Service| {
-            service.spec.external_traffic_policy == "Local"
-                && service.spec.health_check_node_port == key.port
-                && key.protocol == Protocol::Tcp
-                && !own(key.ip)
-                && addresses(service, Field::Balancer).contains(&key.ip)
-        };
-        if self.by_age().iter().any(served) {
+        let services = self.by_age();
+        let holder = services.iter().find(|service| is_checked(service, key));
+        let served = holder.is_some_and(|service| {
+            !own(key.ip) && addresses(service, Field::Balancer).contains(&key.ip)
+        });
+        if served {
             return Said::Served;
         }
         if self.is_vip(key.ip) {

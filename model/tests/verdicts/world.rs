@@ -142,7 +142,11 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
     (
         (0..3_u8, prop::option::of(1..3_u8)),
         (some(&VIPS, 3), some(&VIPS, 2), some(&VIPS, 2)),
-        (any::<bool>(), any::<bool>(), select(vec![0_u16, 32_000])),
+        (
+            any::<bool>(),
+            any::<bool>(),
+            select(vec![0_u16, 32_000, 30_080]),
+        ),
         some(
             &[
                 "192.0.2.0/24",
