@@ -123,6 +123,17 @@ impl From<&Condition> for ConditionRow {
     }
 }
 
+impl FrontendRow {
+    /// Whether nothing but for whom they hold tells two rows apart.
+    fn fares_like(&self, other: &Self) -> bool {
+        let of_same = Self {
+            clients: other.clients,
+            ..self.clone()
+        };
+        of_same == *other
+    }
+}
+
 impl Plan {
     /// The plan of a node; `more` are conditions that the view cannot know, such
     /// as those of objects that could not be read.
@@ -205,20 +216,26 @@ fn rows(view: &NodeView, addr: FrontendAddr, frontend: &Frontend) -> Vec<Fronten
             &frontend.backends,
         )
     };
-    match &frontend.internal {
-        None => vec![own("any")],
-        // Told apart in the kernel, and led to the same.
-        Some(internal) if internal.backends == frontend.backends => vec![own("any")],
-        Some(internal) => vec![
-            row(
-                "internal",
-                Action::Balance,
-                &internal.scheduling,
-                internal.affinity,
-                &internal.backends,
-            ),
-            own("external"),
-        ],
+    let Some(internal) = &frontend.internal else {
+        return vec![own("any")];
+    };
+    let internal = row(
+        "internal",
+        Action::Balance,
+        &internal.scheduling,
+        internal.affinity,
+        &internal.backends,
+    );
+    let external = own("external");
+    let any = FrontendRow {
+        clients: "any",
+        ..internal.clone()
+    };
+    // Told apart in the kernel, and yet they may fare alike.
+    if any.fares_like(&external) {
+        vec![any]
+    } else {
+        vec![internal, external]
     }
 }
 

@@ -16,6 +16,7 @@ use ferrule_model::kube::{
 use ferrule_model::names::ObjectName;
 use ferrule_model::network::Policy;
 use ferrule_model::observed::Observed;
+use ferrule_model::plan::Plan;
 use ferrule_model::service::ServiceKey;
 use ferrule_model::source_nat::OwnAddress;
 use ferrule_model::time::Timestamp;
@@ -407,4 +408,36 @@ fn the_older_service_has_the_port_of_a_health_check() {
     let check = conflict("a-younger", "healthCheckNodePort", at, "port");
     let left = tell(Event::Deleted(older.key()));
     assert_eq!(left, only("a-younger", "198.51.100.1", true, &[&check]));
+}
+
+/// The endpoints are the same, and what their clients are seen as is not.
+#[test]
+fn clients_that_fare_otherwise_have_rows_of_their_own() {
+    let rows = |endpoints: &[(&str, &str, char)], affinity: &str| {
+        let mut web = service("web", &["10.96.0.1"], &["203.0.113.1"]);
+        affinity.clone_into(&mut web.spec.session_affinity);
+        let mut node = Node::default();
+        "n0".clone_into(&mut node.metadata.name);
+        node.spec.pod_cidrs = vec!["10.1.0.0/24".to_owned()];
+        let view = view([
+            told(Object::Node(node)),
+            told(Object::Service(web)),
+            told(Object::EndpointSlice(slice("e", "web", endpoints))),
+        ]);
+        let plan = Plan::new(&view, []);
+        let external = plan.frontends.into_iter();
+        let external = external.filter(|row| row.kind == "ExternalIP");
+        let words = external.map(|row| {
+            let (why, scheduler) = (row.masquerade.join(","), row.scheduler);
+            format!("{} {scheduler} {why}", row.clients)
+        });
+        words.collect::<Vec<_>>()
+    };
+    let here = ("10.1.0.1", "n0", 'r');
+    let beyond = ("203.0.113.50", "n0", 'r');
+    assert_eq!(rows(&[here], "None"), ["any rr hairpin"]);
+    let two = ["internal rr hairpin,podEgress", "external rr hairpin"];
+    assert_eq!(rows(&[here, beyond], "None"), two);
+    let two = ["internal mh hairpin", "external rr hairpin"];
+    assert_eq!(rows(&[here], "ClientIP"), two);
 }

@@ -87,6 +87,9 @@ fn is_foreseen(plan: &Plan, call: &Call, steps: &Steps<'_>) -> Result<(), TestCa
     let (Some(row), None) = (rows.next(), rows.next()) else {
         return Err(TestCaseError::fail("there is not one row for it"));
     };
+    let service = steps.service.as_ref().map(|(_, service)| service);
+    let scheduler = service.map(|service| service.scheduling.scheduler.name());
+    prop_assert_eq!(scheduler, Some(row.scheduler.as_str()));
     for (backend, lead) in leads {
         let mut backends = row.backends.iter();
         prop_assert!(backends.any(|row| (row.address, row.port) == (backend.ip, backend.port)));

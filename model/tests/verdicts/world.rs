@@ -142,11 +142,7 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
     (
         (0..3_u8, prop::option::of(1..3_u8)),
         (some(&VIPS, 3), some(&VIPS, 2), some(&VIPS, 2)),
-        (
-            any::<bool>(),
-            any::<bool>(),
-            select(vec![0_u16, 32_000, 30_080]),
-        ),
+        (any::<[bool; 3]>(), select(vec![0_u16, 32_000, 30_080])),
         some(
             &[
                 "192.0.2.0/24",
@@ -160,7 +156,7 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
         prop::collection::vec(service_port(), 1..4),
     )
         .prop_map(
-            |((name, age), vips, (internal, external, check), ranges, ports)| {
+            |((name, age), vips, ([internal, external, affine], check), ranges, ports)| {
                 let policy = |local: bool| if local { "Local" } else { "Cluster" }.to_owned();
                 let mut service = Service::default();
                 service.metadata.name = format!("s{name}");
@@ -171,6 +167,7 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
                 (spec.cluster_ips, spec.external_ips) = (vips.0, vips.1);
                 spec.internal_traffic_policy = policy(internal);
                 spec.external_traffic_policy = policy(external);
+                spec.session_affinity = if affine { "ClientIP" } else { "None" }.to_owned();
                 spec.health_check_node_port = check;
                 spec.load_balancer_source_ranges = ranges;
                 spec.ports = ports;
