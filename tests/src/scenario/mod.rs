@@ -120,7 +120,8 @@ pub fn tests() -> Vec<Test> {
         .collect()
 }
 
-/// `docs/semantics.md`, byte for byte; and no row of the semantics is without a scenario.
+/// `docs/semantics.md`, byte for byte; no row of the semantics is without a scenario, and none
+/// has two that are the same.
 fn semantics_come_from_the_scenarios(_: &mut Context) -> anyhow::Result<()> {
     let mut heads = BTreeMap::new();
     for name in names()? {
@@ -131,7 +132,26 @@ fn semantics_come_from_the_scenarios(_: &mut Context) -> anyhow::Result<()> {
     golden::check_file(&semantics::file(), &semantics::page(&heads)?)?;
     let missing = semantics::missing(&heads);
     ensure!(missing.is_empty(), "no scenario shows {missing:?}");
+    let twice = twice()?;
+    ensure!(twice.is_empty(), "these have the same content: {twice:?}");
     Ok(())
+}
+
+/// Scenarios whose files all have the same content, whatever stands in the head of their manifests.
+fn twice() -> anyhow::Result<Vec<Vec<String>>> {
+    let mut same: BTreeMap<Vec<(String, String)>, Vec<String>> = BTreeMap::new();
+    for name in names()? {
+        let scenario = folder().join(&name);
+        let mut files = Vec::new();
+        for file in FILES.iter().filter(|file| scenario.join(file).exists()) {
+            let text = read(&scenario.join(file))?;
+            let lines = text.lines().filter(|line| !line.starts_with('#'));
+            files.push(((*file).to_owned(), lines.collect::<Vec<_>>().join("\n")));
+        }
+        same.entry(files).or_default().push(name);
+    }
+    let names = same.into_values();
+    Ok(names.filter(|names| names.len() > 1).collect())
 }
 
 /// `plan.json` of every scenario, byte for byte.
