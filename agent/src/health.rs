@@ -1,7 +1,7 @@
 //! Health checks of load-balanced Services, over HTTP.
 //!
 //! A load balancer asks each node whether it has endpoints of a Service whose
-//! policy is Local: 200 where it has, else 503. The answer is made from what the
+//! policy is Local: 200 where it has some of the family by which it is asked, else 503. The answer is made from what the
 //! reconciler tells. It is given at the node's addresses that serve node ports, and
 //! at the Service's load-balancer VIPs; elsewhere the connection is closed.
 
@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferrule_api::status::Problem;
+use ferrule_model::address::Family;
+use ferrule_model::desired::HealthCheck;
 use ferrule_model::names::ObjectName;
 use hyper::{StatusCode, header};
 use serde_json::json;
@@ -31,8 +33,8 @@ const RETRY: Duration = Duration::from_secs(10);
 pub(crate) struct Check {
     /// The Service.
     pub(crate) service: ObjectName,
-    /// Ready endpoints on this node.
-    pub(crate) local_endpoints: usize,
+    /// Its endpoints.
+    pub(crate) health: HealthCheck,
 }
 
 /// Everything that is answered.
@@ -117,15 +119,16 @@ fn answer(board: &Board, port: u16, called: IpAddr, programming: &Programming) -
         return None;
     }
     let check = board.checks.get(&port)?;
+    let local_endpoints = check.health.local_endpoints_of(Family::of(called));
     let healthy = board.healthy && programming.health().is_up_to_date;
-    let status = if healthy && check.local_endpoints > 0 {
+    let status = if healthy && local_endpoints > 0 {
         StatusCode::OK
     } else {
         StatusCode::SERVICE_UNAVAILABLE
     };
     let body = json!({
         "service": {"namespace": check.service.namespace, "name": check.service.name},
-        "localEndpoints": check.local_endpoints,
+        "localEndpoints": local_endpoints,
         "serviceProxyHealthy": healthy,
     });
     let mut answer = http::plain(status, body.to_string());
@@ -134,7 +137,7 @@ fn answer(board: &Board, port: u16, called: IpAddr, programming: &Programming) -
     headers.insert(header::CONTENT_TYPE, json);
     let no_sniff = header::HeaderValue::from_static("nosniff");
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, no_sniff);
-    headers.insert(WEIGHT, check.local_endpoints.into());
+    headers.insert(WEIGHT, local_endpoints.into());
     Some(answer)
 }
 
@@ -170,19 +173,30 @@ mod tests {
     use crate::programming::Noticed;
 
     fn board() -> Board {
-        let check = |name: &str, local_endpoints| Check {
-            service: ObjectName::new("default", name),
-            local_endpoints,
+        let check = |name: &str, port, ready: &[(Family, usize)]| {
+            let health = HealthCheck {
+                port,
+                ready: ready.iter().copied().collect(),
+            };
+            let service = ObjectName::new("default", name);
+            (port, Check { service, health })
         };
         Board {
-            checks: BTreeMap::from([(30_001, check("web", 2)), (30_002, check("none", 0))]),
-            node: BTreeSet::from([IpAddr::from([192, 0, 2, 1])]),
+            checks: BTreeMap::from([
+                check("web", 30_001, &[(Family::IPv4, 2), (Family::IPv6, 1)]),
+                check("none", 30_002, &[(Family::IPv4, 0)]),
+                check("half", 30_003, &[(Family::IPv4, 1), (Family::IPv6, 0)]),
+                check("single", 30_004, &[(Family::IPv4, 1)]),
+            ]),
+            node: BTreeSet::from([IpAddr::from([192, 0, 2, 1]), V6.into()]),
             vips: BTreeSet::from([(IpAddr::from([203, 0, 113, 7]), 30_001)]),
             healthy: true,
         }
     }
 
-    fn status(board: &Board, port: u16, ip: [u8; 4]) -> Option<u16> {
+    const V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+
+    fn status(board: &Board, port: u16, ip: impl Into<IpAddr>) -> Option<u16> {
         let programming = Programming::new(Duration::from_secs(30));
         answer(board, port, ip.into(), &programming).map(|answer| answer.status().as_u16())
     }
@@ -207,6 +221,28 @@ mod tests {
         assert_eq!(behind.status(), StatusCode::SERVICE_UNAVAILABLE);
         board.healthy = false;
         assert_eq!(status(&board, 30_001, [192, 0, 2, 1]), Some(503));
+    }
+
+    /// A node port of one family has no endpoint of another, and its balancer asks there.
+    #[test]
+    fn each_family_answers_for_its_own_endpoints() {
+        let board = board();
+        let programming = Programming::new(Duration::from_secs(30));
+        let weight = |port, ip: IpAddr| {
+            let answer = answer(&board, port, ip, &programming).unwrap();
+            let weight = &answer.headers()["x-load-balancing-endpoint-weight"];
+            (
+                answer.status().as_u16(),
+                weight.to_str().unwrap().to_owned(),
+            )
+        };
+        let v4 = IpAddr::from([192, 0, 2, 1]);
+        assert_eq!(weight(30_001, v4), (200, "2".to_owned()));
+        assert_eq!(weight(30_001, V6.into()), (200, "1".to_owned()));
+        assert_eq!(weight(30_003, v4), (200, "1".to_owned()));
+        assert_eq!(weight(30_003, V6.into()), (503, "0".to_owned()));
+        // It has no family to tell apart.
+        assert_eq!(weight(30_004, V6.into()), (200, "1".to_owned()));
     }
 
     #[test]
@@ -235,7 +271,10 @@ mod tests {
         let with = |node: &[IpAddr]| {
             let check = Check {
                 service: ObjectName::new("default", "web"),
-                local_endpoints: 3,
+                health: HealthCheck {
+                    port,
+                    ready: BTreeMap::from([(Family::IPv4, 3)]),
+                },
             };
             Arc::new(Board {
                 checks: BTreeMap::from([(port, check)]),

@@ -28,11 +28,11 @@ use crate::planner::{Created, Planner, ServicePlan};
 pub use crate::scope::Scope;
 use crate::service::{Mark, ServiceKey, VirtualService};
 
-/// A Service's claim to a frontend; the least one wins.
+/// A Service's claim to a frontend, or to the port of a health check; the least one wins.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Claim {
+pub(crate) struct Claim {
     created: Created,
-    service: ObjectName,
+    pub(crate) service: ObjectName,
 }
 
 /// Everything that should be programmed for services on one node.
@@ -40,7 +40,7 @@ struct Claim {
 pub struct Desired {
     node: String,
     pub(crate) facts: NodeFacts,
-    plans: BTreeMap<ObjectName, ServicePlan>,
+    pub(crate) plans: BTreeMap<ObjectName, ServicePlan>,
     claims: BTreeMap<FrontendAddr, BTreeSet<Claim>>,
     /// How many claims to frontends each VIP has.
     vips: BTreeMap<IpAddr, usize>,
@@ -48,9 +48,8 @@ pub struct Desired {
     hairpins: BTreeMap<IpAddr, usize>,
     pub(crate) host_ports: HostPorts,
     marks: Marks,
-    /// How many Services have a program of this node answer at each place of a VIP.
-    served: BTreeMap<FrontendAddr, usize>,
-    health_checks: BTreeMap<ObjectName, HealthCheck>,
+    /// Claims to the ports of health checks.
+    pub(crate) checks: BTreeMap<u16, BTreeSet<Claim>>,
     pub(crate) drains: Drains,
 }
 
@@ -218,6 +217,10 @@ impl Desired {
                 .plan(service)
             })
             .unwrap_or_default();
+        let of_plan = |plan: &ServicePlan| plan.health_check.as_ref().map(|check| check.port);
+        let former = self.plans.get(name).and_then(of_plan);
+        let ports: BTreeSet<u16> = former.into_iter().chain(of_plan(&plan)).collect();
+        let served_before = self.served_at(&ports);
         let old = self.plans.remove(name).unwrap_or_default();
         let mut scope = Scope::default();
         for (addr, frontend) in &old.frontends {
@@ -231,6 +234,18 @@ impl Desired {
             self.withdraw(*addr, frontend.is_vip, &Claim::new(&old, name));
             scope.insert(*addr);
         }
+        for addr in &old.checked {
+            if !plan.checked.contains(addr) || plan.created != old.created {
+                self.withdraw(*addr, false, &Claim::new(&old, name));
+                scope.insert(*addr);
+            }
+        }
+        for addr in &plan.checked {
+            self.claim(*addr, false, Claim::new(&plan, name));
+            if !old.checked.contains(addr) {
+                scope.insert(*addr);
+            }
+        }
         for (addr, frontend) in &plan.frontends {
             self.claim(*addr, frontend.is_vip, Claim::new(&plan, name));
             if old.frontends.get(addr) != Some(frontend) {
@@ -238,15 +253,14 @@ impl Desired {
             }
         }
         self.count_hairpins(&old.hairpins, &plan.hairpins, &mut scope);
-        self.count_served(&old.served, &plan.served, &mut scope);
-        match plan.health_check {
-            Some(check) => self.health_checks.insert(name.clone(), check),
-            None => self.health_checks.remove(name),
-        };
+        self.claim_check(&old, &plan, name);
         let moved = self.give_marks(&old, &plan, &mut scope);
         if plan != ServicePlan::default() {
             self.plans.insert(name.clone(), plan);
         }
+        let served = self.served_at(&ports);
+        let news = served.symmetric_difference(&served_before);
+        scope.frontends.extend(news);
         for holder in moved.keys() {
             self.note_mark(holder, &mut scope);
         }
@@ -402,43 +416,6 @@ impl Desired {
         }
     }
 
-    fn count_served(
-        &mut self,
-        old: &BTreeSet<FrontendAddr>,
-        new: &BTreeSet<FrontendAddr>,
-        scope: &mut Scope,
-    ) {
-        for addr in new.difference(old) {
-            *self.served.entry(*addr).or_default() += 1;
-            scope.frontends.insert(*addr);
-        }
-        for addr in old.difference(new) {
-            count_down(&mut self.served, addr);
-            scope.frontends.insert(*addr);
-        }
-    }
-
-    /// Whether a program of this node answers at this place of a VIP: the health check of a
-    /// Service, unless the place is a frontend.
-    #[must_use]
-    pub fn is_served(&self, addr: &FrontendAddr) -> bool {
-        self.served.contains_key(addr) && self.frontend(addr).is_none()
-    }
-
-    /// Every such place, in order.
-    pub fn served(&self) -> impl Iterator<Item = FrontendAddr> {
-        let all = self.served.keys().copied();
-        all.filter(|addr| self.frontend(addr).is_none())
-    }
-
-    /// Every place where load balancers ask for the health of a Service, also at addresses of
-    /// this node, by the Service.
-    pub fn asked(&self) -> impl Iterator<Item = FrontendAddr> {
-        let services = self.health_checks.keys();
-        let plans = services.filter_map(|name| self.plans.get(name));
-        plans.flat_map(|plan| plan.asked.iter().copied())
-    }
-
     /// The frontend at `addr`, of the pod or Service that holds it.
     #[must_use]
     pub fn frontend(&self, addr: &FrontendAddr) -> Option<&Frontend> {
@@ -527,12 +504,6 @@ impl Desired {
         ranges
     }
 
-    /// The health checks of Services, by namespace and name.
-    #[must_use]
-    pub fn health_checks(&self) -> &BTreeMap<ObjectName, HealthCheck> {
-        &self.health_checks
-    }
-
     /// Whether `ip` is a VIP.
     #[must_use]
     pub fn is_vip(&self, ip: IpAddr) -> bool {
@@ -581,40 +552,47 @@ impl Desired {
             return Vec::new();
         };
         let mut conditions = plan.conditions.clone();
-        for (addr, frontend) in &plan.frontends {
-            if let Some(held) = self.host_ports.frontend(addr) {
-                conditions.push(condition(
-                    name,
-                    Reason::AddressConflict,
-                    format!(
-                        "{}: {addr} is held by a host port of {}; give one of the two another port",
-                        frontend.kind.field(),
-                        held.object()
-                    ),
-                ));
-                continue;
-            }
-            let holder = self.claims.get(addr).and_then(BTreeSet::first);
-            if let Some(holder) = holder.filter(|claim| claim.service != *name) {
-                conditions.push(condition(
-                    name,
-                    Reason::AddressConflict,
-                    format!(
-                        "{}: {addr} is held by Service {}, which is older or comes first by name; \
-                         give one of the two another address or port",
-                        frontend.kind.field(),
-                        holder.service
-                    ),
-                ));
-            }
-        }
+        let conflict = |message| condition(name, Reason::AddressConflict, message);
+        let held = plan.frontends.iter().filter_map(|(addr, frontend)| {
+            let held = self.held_by_another(addr, name, "address or port")?;
+            Some(format!(
+                "{}: {addr} is held by {held}",
+                frontend.kind.field()
+            ))
+        });
+        conditions.extend(held.map(conflict));
+        conditions.extend(self.lost_checks(plan, name).into_iter().map(conflict));
         conditions.sort();
         conditions
     }
+
+    /// Who has what a Service asks for at this place, and what to do, if it is another.
+    pub(crate) fn held_by_another(
+        &self,
+        addr: &FrontendAddr,
+        name: &ObjectName,
+        what: &str,
+    ) -> Option<String> {
+        if let Some(held) = self.host_ports.frontend(addr) {
+            let held = held.object();
+            return Some(format!(
+                "a host port of {held}; give one of the two another port"
+            ));
+        }
+        let holder = self.service_at(addr).filter(|holder| *holder != name)?;
+        Some(older(holder, what))
+    }
+}
+
+/// Who has it, and what to do.
+pub(crate) fn older(holder: &ObjectName, what: &str) -> String {
+    format!(
+        "Service {holder}, which is older or comes first by name; give one of the two another {what}"
+    )
 }
 
 impl Claim {
-    fn new(plan: &ServicePlan, service: &ObjectName) -> Self {
+    pub(crate) fn new(plan: &ServicePlan, service: &ObjectName) -> Self {
         Self {
             created: plan.created.clone(),
             service: service.clone(),

@@ -18,6 +18,7 @@ pub mod diff;
 pub mod drain;
 pub mod endpoints;
 pub mod frontend;
+mod health_checks;
 pub mod host_ports;
 pub mod ipam;
 pub mod kube;

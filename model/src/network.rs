@@ -201,7 +201,14 @@ impl Networks {
         self.pods.iter().filter(lies_within).copied().collect()
     }
 
-    /// Whether `ip` lies in the pod network. Without a pod network of its
+    /// Pods of the whole cluster, those of this node among them also where the pod network does
+    /// not hold their range.
+    #[must_use]
+    pub fn all_pods(&self) -> BTreeSet<IpNetwork> {
+        &self.pods | &self.node_pods
+    }
+
+    /// Whether `ip` lies outside of the pod network. Without a pod network of its
     /// family nothing is known to lie outside.
     #[must_use]
     pub fn is_outside(&self, ip: IpAddr) -> bool {

@@ -123,6 +123,17 @@ impl From<&Condition> for ConditionRow {
     }
 }
 
+impl FrontendRow {
+    /// Whether nothing but for whom they hold tells two rows apart.
+    fn fares_like(&self, other: &Self) -> bool {
+        let of_same = Self {
+            clients: other.clients,
+            ..self.clone()
+        };
+        of_same == *other
+    }
+}
+
 impl Plan {
     /// The plan of a node; `more` are conditions that the view cannot know, such
     /// as those of objects that could not be read.
@@ -163,7 +174,7 @@ impl Plan {
                 .map(|(service, check)| HealthCheckRow {
                     service: service.to_string(),
                     port: check.port,
-                    local_endpoints: check.local_endpoints,
+                    local_endpoints: check.local_endpoints(),
                 })
                 .collect(),
             conditions,
@@ -205,20 +216,26 @@ fn rows(view: &NodeView, addr: FrontendAddr, frontend: &Frontend) -> Vec<Fronten
             &frontend.backends,
         )
     };
-    match &frontend.internal {
-        None => vec![own("any")],
-        // Told apart in the kernel, and led to the same.
-        Some(internal) if internal.backends == frontend.backends => vec![own("any")],
-        Some(internal) => vec![
-            row(
-                "internal",
-                Action::Balance,
-                &internal.scheduling,
-                internal.affinity,
-                &internal.backends,
-            ),
-            own("external"),
-        ],
+    let Some(internal) = &frontend.internal else {
+        return vec![own("any")];
+    };
+    let internal = row(
+        "internal",
+        Action::Balance,
+        &internal.scheduling,
+        internal.affinity,
+        &internal.backends,
+    );
+    let external = own("external");
+    let any = FrontendRow {
+        clients: "any",
+        ..internal.clone()
+    };
+    // Told apart in the kernel, and yet they may fare alike.
+    if any.fares_like(&external) {
+        vec![any]
+    } else {
+        vec![internal, external]
     }
 }
 
@@ -255,16 +272,16 @@ fn masquerade(
     if frontend.kind == FrontendKind::ClusterIP && strangers.is_some() {
         cases.push("offCluster");
     }
+    let networks = view.networks();
+    let outside = |addr: &BackendAddr| networks.is_outside(addr.ip);
     // Under policy Local a backend on this node answers by way of it; one that clients
     // within the cluster are led to may be on another.
-    let away = || backends.values().any(|backend| !backend.local);
-    if frontend.kind.is_external() && (!frontend.preserves_client || away()) {
+    let away = |addr: &BackendAddr| !view.desired().is_hairpin(addr.ip) && !outside(addr);
+    if frontend.kind.is_external() && (!frontend.preserves_client || backends.keys().any(away)) {
         cases.push("offNode");
     }
-    let networks = view.networks();
-    let outside = || backends.keys().any(|addr| networks.is_outside(addr.ip));
     // No pod is among clients that are told apart as external.
-    if clients != "external" && outside() {
+    if clients != "external" && backends.keys().any(outside) {
         cases.push("podEgress");
     }
     cases

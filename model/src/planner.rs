@@ -34,6 +34,8 @@ pub(crate) struct ServicePlan {
     pub(crate) served: BTreeSet<FrontendAddr>,
     /// Likewise, also at addresses of this node, where nothing stands in the way.
     pub(crate) asked: BTreeSet<FrontendAddr>,
+    /// Where it answers at addresses that serve node ports: claimed like frontends, and none.
+    pub(crate) checked: BTreeSet<FrontendAddr>,
 }
 
 impl ServicePlan {
@@ -59,12 +61,28 @@ pub(crate) enum Created {
 }
 
 /// By what a load balancer learns whether this node has endpoints.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
     /// `spec.healthCheckNodePort`.
     pub port: u16,
+    /// Ready endpoints on this node, of each family that the Service has.
+    pub ready: BTreeMap<Family, usize>,
+}
+
+impl HealthCheck {
     /// Ready endpoints on this node; a pod with an address of each family is one.
-    pub local_endpoints: usize,
+    #[must_use]
+    pub fn local_endpoints(&self) -> usize {
+        self.ready.values().copied().max().unwrap_or(0)
+    }
+
+    /// What is answered at an address of a family: a frontend of one family has no backend of
+    /// another. A family that the Service does not have says nothing of its own.
+    #[must_use]
+    pub fn local_endpoints_of(&self, family: Family) -> usize {
+        let of_family = self.ready.get(&family).copied();
+        of_family.unwrap_or_else(|| self.local_endpoints())
+    }
 }
 
 /// Headless Services, external names, those that ask for another proxy and those
@@ -163,12 +181,25 @@ impl Planner<'_> {
         }
         plan.hairpins = self.hairpins(&plan.frontends);
         plan.health_check = health_check(service, common.external, &ready);
-        if let Some(check) = plan.health_check {
+        if let Some(check) = &plan.health_check {
             let at = |ip: &IpAddr| FrontendAddr::new(*ip, check.port, Protocol::Tcp);
             plan.asked = common.vips.balancer.iter().map(at).collect();
             // The node's own addresses have no guard that would refuse it there.
             let vips = common.vips.balancer.difference(&self.facts.own);
             plan.served = vips.map(at).collect();
+            let node = self.facts.node_ports.iter().map(at);
+            // Its own node port there says nothing of health, and is served.
+            let (taken, free) = node.partition(|addr| plan.frontends.contains_key(addr));
+            plan.checked = free;
+            if !BTreeSet::is_empty(&taken) {
+                let message = format!(
+                    "spec.healthCheckNodePort: {}/TCP is a nodePort of the Service, too, which is \
+                     served at the addresses of nodes; give one of the two another port",
+                    check.port
+                );
+                let duplicate = condition(self.name, Reason::DuplicatePort, message);
+                plan.conditions.push(duplicate);
+            }
         }
         plan
     }
@@ -394,6 +425,9 @@ fn health_check(
         && port != 0;
     asked.then(|| HealthCheck {
         port,
-        local_endpoints: ready.values().map(BTreeSet::len).max().unwrap_or(0),
+        ready: ready
+            .iter()
+            .map(|(family, ips)| (*family, ips.len()))
+            .collect(),
     })
 }

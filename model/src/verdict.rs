@@ -344,23 +344,26 @@ impl Way<'_> {
         if self.nat.masquerade_all && at_vip && !self.is_external() {
             return Some(Masquerade::All);
         }
+        let is_external = self.is_external();
+        let pod = among(&networks.all_pods(), source) == Membership::Inside;
+        if (at_vip || is_external) && pod && networks.is_outside(to) {
+            return Some(Masquerade::PodEgress);
+        }
         let of_this_node = among(&networks.node_pods, source) == Membership::Inside;
         let preserved = self.frontend.is_some_and(|f| f.preserves_client);
         if preserved && !of_this_node {
             let pod = among(&networks.pods, source) == Membership::Inside;
-            let elsewhere = among(&networks.node_pods, to) != Membership::Inside;
+            let elsewhere = !self.desired.is_hairpin(to);
             return (pod && elsewhere).then_some(Masquerade::OffNode);
         }
-        if self.is_external() && !of_this_node && !self.is_local(source) {
+        if is_external && !of_this_node && !self.is_local(source) {
             return Some(Masquerade::OffNode);
         }
-        if at_vip && !self.is_external() && self.is_stranger() {
+        if at_vip && !is_external && self.is_stranger() {
             return Some(Masquerade::OffCluster);
         }
-        let service = at_vip || self.is_external();
-        let off_pods = service && among(&networks.pods, to) == Membership::Outside;
         let off_cluster = among(&networks.non_masquerade, to) != Membership::Inside;
-        (of_this_node && (off_pods || off_cluster)).then_some(Masquerade::PodEgress)
+        (of_this_node && off_cluster).then_some(Masquerade::PodEgress)
     }
 
     /// Whether the client is from beyond the cluster, as the operator wants it told.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ferrule_model::address::{Family, FrontendAddr, Protocol};
 use ferrule_model::cluster::Event;
+use ferrule_model::condition::Reason;
 use ferrule_model::desired::{FrontendKind, HealthCheck, Scope};
 use ferrule_model::diff::{diff, diff_all};
 use ferrule_model::kube::{
@@ -15,6 +16,7 @@ use ferrule_model::kube::{
 use ferrule_model::names::ObjectName;
 use ferrule_model::network::Policy;
 use ferrule_model::observed::Observed;
+use ferrule_model::plan::Plan;
 use ferrule_model::service::ServiceKey;
 use ferrule_model::source_nat::OwnAddress;
 use ferrule_model::time::Timestamp;
@@ -335,13 +337,14 @@ fn a_health_check_counts_ready_endpoints_of_this_node() {
         ]);
         let name = ObjectName::new("default", "web");
         let served: Vec<String> = view.desired().served().map(|at| at.to_string()).collect();
-        let check = view.desired().health_checks().get(&name).copied();
+        let check = view.desired().health_checks().get(&name).copied().cloned();
         (check, served)
     };
     let expected = HealthCheck {
         port: 32_000,
-        local_endpoints: 2,
+        ready: BTreeMap::from([(Family::IPv4, 2), (Family::IPv6, 1)]),
     };
+    assert_eq!(expected.local_endpoints(), 2);
     assert_eq!(
         checked(ServiceType::LoadBalancer, "Local", 32_000),
         (Some(expected), vec!["198.51.100.1:32000/TCP".to_owned()])
@@ -350,4 +353,124 @@ fn a_health_check_counts_ready_endpoints_of_this_node() {
     assert_eq!(checked(ServiceType::LoadBalancer, "Cluster", 32_000), none);
     assert_eq!(checked(ServiceType::LoadBalancer, "Local", 0), none);
     assert_eq!(checked(ServiceType::NodePort, "Local", 32_000), none);
+}
+
+/// One program answers at a port, so it is one Service's; and where a node port is another's,
+/// the older of the two has the node's addresses.
+#[test]
+fn the_older_service_has_the_port_of_a_health_check() {
+    let aged = |name: &str, number: u8, day: u8| {
+        let mut service = service(name, &[&format!("10.96.0.{number}")], &[]);
+        service.metadata.creation_timestamp =
+            Timestamp::parse(&format!("2026-01-0{day}T00:00:00Z"));
+        service.spec.health_check_node_port = 32_000;
+        service.status.load_balancer.ingress = vec![LoadBalancerIngress {
+            ip: format!("198.51.100.{number}"),
+            ..LoadBalancerIngress::default()
+        }];
+        service
+    };
+    let node_port = |day: u8| {
+        let mut service = aged("port", 3, day);
+        service.spec.health_check_node_port = 0;
+        service.spec.ports[0].node_port = 32_000;
+        service
+    };
+    let mut node = Node::default();
+    "n0".clone_into(&mut node.metadata.name);
+    node.status.addresses = vec![NodeAddress {
+        kind: AddressKind::InternalIP,
+        address: "192.0.2.1".to_owned(),
+    }];
+    let mut view = view([told(Object::Node(node))]);
+    let mut kernel = Observed::default();
+    let mut tell = |event| {
+        let (scope, _) = view.take([event]);
+        follow(&view, &mut kernel, &scope);
+        let desired = view.desired();
+        let holders = desired.health_checks().into_keys();
+        let served = desired.served().map(|addr| addr.ip.to_string());
+        let at_node = FrontendAddr::new([192, 0, 2, 1].into(), 32_000, Protocol::Tcp);
+        let conflicts = desired.conditions();
+        let conflicts = conflicts.filter(|said| said.reason == Reason::AddressConflict);
+        let conflicts: Vec<String> = conflicts.map(|said| said.to_string()).collect();
+        let words = conflicts.iter().map(|said| {
+            let (said, _) = said.split_once(", which").unwrap();
+            said.to_owned()
+        });
+        (
+            holders.map(|name| name.name.clone()).collect::<Vec<_>>(),
+            served.collect::<Vec<_>>(),
+            desired.frontend(&at_node).is_some(),
+            words.collect::<Vec<_>>(),
+        )
+    };
+    let only = |holder: &str, served: &str, frontend, said: &[&str]| {
+        let said: Vec<String> = said.iter().map(ToString::to_string).collect();
+        (
+            vec![holder.to_owned()],
+            vec![served.to_owned()],
+            frontend,
+            said,
+        )
+    };
+    let conflict = |loser: &str, field: &str, what: &str, holder: &str| {
+        format!(
+            "Service default/{loser}: AddressConflict: spec.{field}: {what} is held by Service default/{holder}"
+        )
+    };
+    let younger = told(Object::Service(aged("a-younger", 1, 3)));
+    let older = Object::Service(aged("older", 2, 2));
+    assert_eq!(tell(younger), only("a-younger", "198.51.100.1", false, &[]));
+    let lost = conflict("a-younger", "healthCheckNodePort", "port 32000", "older");
+    let with_older = only("older", "198.51.100.2", false, &[&lost]);
+    assert_eq!(tell(told(older.clone())), with_older);
+    let at = "192.0.2.1:32000/TCP";
+    let port = conflict("port", "ports[].nodePort", at, "older");
+    let youngest = tell(told(Object::Service(node_port(4))));
+    assert_eq!(
+        youngest,
+        only("older", "198.51.100.2", false, &[&lost, &port])
+    );
+    let check = conflict("older", "healthCheckNodePort", at, "port");
+    let oldest = tell(told(Object::Service(node_port(1))));
+    assert_eq!(
+        oldest,
+        only("older", "198.51.100.2", true, &[&lost, &check])
+    );
+    let check = conflict("a-younger", "healthCheckNodePort", at, "port");
+    let left = tell(Event::Deleted(older.key()));
+    assert_eq!(left, only("a-younger", "198.51.100.1", true, &[&check]));
+}
+
+/// The endpoints are the same, and what their clients are seen as is not.
+#[test]
+fn clients_that_fare_otherwise_have_rows_of_their_own() {
+    let rows = |endpoints: &[(&str, &str, char)], affinity: &str| {
+        let mut web = service("web", &["10.96.0.1"], &["203.0.113.1"]);
+        affinity.clone_into(&mut web.spec.session_affinity);
+        let mut node = Node::default();
+        "n0".clone_into(&mut node.metadata.name);
+        node.spec.pod_cidrs = vec!["10.1.0.0/24".to_owned()];
+        let view = view([
+            told(Object::Node(node)),
+            told(Object::Service(web)),
+            told(Object::EndpointSlice(slice("e", "web", endpoints))),
+        ]);
+        let plan = Plan::new(&view, []);
+        let external = plan.frontends.into_iter();
+        let external = external.filter(|row| row.kind == "ExternalIP");
+        let words = external.map(|row| {
+            let (why, scheduler) = (row.masquerade.join(","), row.scheduler);
+            format!("{} {scheduler} {why}", row.clients)
+        });
+        words.collect::<Vec<_>>()
+    };
+    let here = ("10.1.0.1", "n0", 'r');
+    let beyond = ("203.0.113.50", "n0", 'r');
+    assert_eq!(rows(&[here], "None"), ["any rr hairpin"]);
+    let two = ["internal rr hairpin,podEgress", "external rr hairpin"];
+    assert_eq!(rows(&[here, beyond], "None"), two);
+    let two = ["internal mh hairpin", "external rr hairpin"];
+    assert_eq!(rows(&[here], "ClientIP"), two);
 }

@@ -1,6 +1,5 @@
 //! Tells the health checks of load-balanced Services what to say.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ferrule_api::status::Problem;
@@ -52,16 +51,15 @@ impl Reconciler {
         {
             return;
         }
-        let mut checks = BTreeMap::new();
-        for (service, check) in desired.health_checks() {
-            // The API gives a port to one Service; of manifests the first by name has it.
-            checks.entry(check.port).or_insert_with(|| Check {
+        let checks = desired.health_checks().into_iter().map(|(service, check)| {
+            let told = Check {
                 service: service.clone(),
-                local_endpoints: check.local_endpoints,
-            });
-        }
+                health: check.clone(),
+            };
+            (check.port, told)
+        });
         let board = Board {
-            checks,
+            checks: checks.collect(),
             node: desired.facts().node_ports.clone(),
             vips: desired.asked().map(|addr| (addr.ip, addr.port)).collect(),
             healthy: self.health_checks.programmed && !self.faults.has(About::Kernel),

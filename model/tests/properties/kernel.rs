@@ -107,7 +107,7 @@ pub(super) fn every_key() -> BTreeSet<FrontendAddr> {
     let ips = ["10.96.0.1", "10.96.0.2", "fd00::1", "fd00::2", "192.0.2.1"];
     let mut keys = BTreeSet::new();
     for ip in ips {
-        for port in [53, 80, 30_053, 30_080] {
+        for port in [53, 80, 30_053, 30_080, 30_999] {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 keys.insert(FrontendAddr::new(ip.parse().unwrap(), port, protocol));
             }

@@ -40,7 +40,7 @@ pub(super) fn service_port() -> impl Strategy<Value = ServicePort> {
         0..2_u8,
         protocol(),
         prop::sample::select(vec![0_u16, 53, 80]),
-        prop::sample::select(vec![0_u16, 30_053, 30_080]),
+        prop::sample::select(vec![0_u16, 30_053, 30_080, 30_999]),
     )
         .prop_map(|(name, protocol, port, node_port)| ServicePort {
             name: format!("p{name}"),

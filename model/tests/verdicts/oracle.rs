@@ -9,7 +9,7 @@ use ferrule_model::network::DetectLocal;
 use ferrule_model::service::Weight;
 use ferrule_model::verdict::{Loss, Masquerade};
 
-use crate::world::{Call, Client, EXEMPT, SERVICES, World, ip, own, pod, pod_here, within};
+use crate::world::{Call, Client, EXEMPT, SERVICES, World, ip, is_here, own, pod, within};
 
 /// Where the address of a frontend stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +65,13 @@ pub(crate) fn has(service: &Service, port: &ServicePort, field: Field, key: &Fro
                 port.port == key.port && addresses(service, field).contains(&key.ip)
             }
         }
+}
+
+/// Whether the Service asks to have its health told at this port.
+fn is_checked(service: &Service, key: &FrontendAddr) -> bool {
+    service.spec.external_traffic_policy == "Local"
+        && service.spec.health_check_node_port == key.port
+        && key.protocol == Protocol::Tcp
 }
 
 /// Usable endpoints with their weights: ready ones, else serving ones that terminate.
@@ -150,20 +157,22 @@ impl World {
                     }
                 }
             }
+            // The agent answers, and no younger Service has a node port there.
+            if is_checked(service, key) && own(key.ip) {
+                break;
+            }
         }
         self.not_a_frontend(call)
     }
 
     fn not_a_frontend(&self, call: &Call) -> Said {
         let key = &call.target;
-        let served = |service: &&Service| {
-            service.spec.external_traffic_policy == "Local"
-                && service.spec.health_check_node_port == key.port
-                && key.protocol == Protocol::Tcp
-                && !own(key.ip)
-                && addresses(service, Field::Balancer).contains(&key.ip)
-        };
-        if self.by_age().iter().any(served) {
+        let services = self.by_age();
+        let holder = services.iter().find(|service| is_checked(service, key));
+        let served = holder.is_some_and(|service| {
+            !own(key.ip) && addresses(service, Field::Balancer).contains(&key.ip)
+        });
+        if served {
             return Said::Served;
         }
         if self.is_vip(key.ip) {
@@ -178,7 +187,7 @@ impl World {
             &["169.254.0.0/16"]
         };
         let beyond = !pod(key.ip) && !own(key.ip) && !within(key.ip, exempt);
-        let egress = call.client == Client::PodHere && beyond;
+        let egress = self.is_pod_of_this_node(call) && beyond;
         Said::Passed(if egress {
             vec![Masquerade::PodEgress]
         } else {
@@ -244,18 +253,19 @@ impl World {
         }
         let mut rows = Vec::new();
         let external = field != Field::Cluster;
-        let beyond = matches!(call.client, Client::PodElsewhere | Client::Stranger);
+        let beyond = call.client != Client::Node && !self.is_pod_of_this_node(call);
         // Who is elsewhere is led by its own node.
-        if backend == call.who && call.client == Client::PodHere {
+        if backend == call.who && is_here(backend) {
             rows.push(Masquerade::Hairpin);
         }
         if call.client == Client::Node && !own(call.target.ip) {
             rows.push(Masquerade::ViaVip);
         }
-        if external && beyond && (policy == "Cluster" || !pod_here(backend)) {
+        if external && beyond && (policy == "Cluster" || !is_here(backend)) {
             rows.push(Masquerade::OffNode);
         }
-        if call.client == Client::PodHere && !pod(backend) {
+        // Also of another node: the backend would answer it and not this node.
+        if pod(call.who) && !pod(backend) {
             rows.push(Masquerade::PodEgress);
         }
         if !external && self.masquerade_all {
@@ -267,11 +277,22 @@ impl World {
         rows
     }
 
+    /// Without a range of the node its pods are like those of others.
+    fn is_pod_of_this_node(&self, call: &Call) -> bool {
+        call.client == Client::PodHere && self.has_range(call)
+    }
+
+    fn has_range(&self, call: &Call) -> bool {
+        self.ranges[usize::from(call.target.ip.is_ipv6())]
+    }
+
     fn is_foreign(&self, call: &Call) -> bool {
         match (&self.detect_local, call.client, call.device) {
             (None, ..) | (_, Client::Node, _) => false,
             (Some(DetectLocal::ClusterCidr), client, _) => client == Client::Stranger,
-            (Some(DetectLocal::NodeCidr), client, _) => client != Client::PodHere,
+            (Some(DetectLocal::NodeCidr), client, _) => {
+                self.has_range(call) && client != Client::PodHere
+            }
             (Some(DetectLocal::BridgeInterface(_)), _, device) => device != Some("cni0"),
             (Some(DetectLocal::InterfaceNamePrefix(_)), _, device) => device == Some("uplink"),
         }

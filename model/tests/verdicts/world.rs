@@ -20,6 +20,7 @@ use proptest::sample::{Index, select, subsequence};
 
 pub(crate) const OWN: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 pub(crate) const SERVICES: [&str; 2] = ["10.96.0.0/24", "fd00:96::/112"];
+pub(crate) const PODS: [&str; 2] = ["10.1.0.0/16", "fd00:1::/32"];
 
 /// Few, so that they meet often; the last two are the node's own.
 pub(crate) const VIPS: [&str; 8] = [
@@ -33,7 +34,9 @@ pub(crate) const VIPS: [&str; 8] = [
     OWN[1],
 ];
 
-pub(crate) const BACKENDS: [[&str; 2]; 7] = [
+/// The last two are on this node: a pod that is not in the node's range, and one that is not in
+/// the pod network.
+pub(crate) const BACKENDS: [[&str; 2]; 9] = [
     ["10.1.0.1", "fd00:1::1"],
     ["10.1.0.2", "fd00:1::2"],
     ["10.1.1.1", "fd00:1:1::1"],
@@ -41,13 +44,16 @@ pub(crate) const BACKENDS: [[&str; 2]; 7] = [
     OWN,
     ["192.0.2.2", "2001:db8::2"],
     ["198.51.100.9", "2001:db8:9::9"],
+    ["10.1.7.1", "fd00:1:7::1"],
+    ["203.0.113.50", "2001:db8:50::50"],
 ];
 
 /// A client and the device by which it comes; the first is a process of the node.
-pub(crate) const CLIENTS: [([&str; 2], Option<&str>); 6] = [
+pub(crate) const CLIENTS: [([&str; 2], Option<&str>); 7] = [
     (OWN, None),
     (["10.1.0.1", "fd00:1::1"], Some("cni0")),
     (["10.1.0.9", "fd00:1::9"], Some("cni0")),
+    (["10.1.7.1", "fd00:1:7::1"], Some("cni0")),
     (["10.1.1.1", "fd00:1:1::1"], Some("uplink")),
     (["192.0.2.2", "2001:db8::2"], Some("uplink")),
     (["198.51.100.7", "2001:db8:7::7"], Some("uplink")),
@@ -57,7 +63,9 @@ pub(crate) const CLIENTS: [([&str; 2], Option<&str>); 6] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Client {
     Node,
+    /// Within the node's range; whether it is known to have one is another matter.
     PodHere,
+    /// Within the pod network, and not in the node's range.
     PodElsewhere,
     Stranger,
 }
@@ -76,7 +84,14 @@ pub(crate) fn pod_here(ip: IpAddr) -> bool {
 }
 
 pub(crate) fn pod(ip: IpAddr) -> bool {
-    pod_here(ip) || within(ip, &["10.1.1.0/24", "fd00:1:1::/64"])
+    within(ip, &PODS)
+}
+
+/// By what its endpoint says.
+pub(crate) fn is_here(backend: IpAddr) -> bool {
+    [0, 1, 4, 7, 8]
+        .iter()
+        .any(|at: &usize| BACKENDS[*at].map(ip).contains(&backend))
 }
 
 pub(crate) fn own(ip: IpAddr) -> bool {
@@ -93,6 +108,8 @@ pub(crate) struct World {
     pub(crate) detect_local: Option<DetectLocal>,
     /// Whether pods show their own address to the one backend outside of the cluster.
     pub(crate) exempt: bool,
+    /// Of which families the Nodes have a pod range, IPv4 first.
+    pub(crate) ranges: [bool; 2],
 }
 
 /// One of [`BACKENDS`] in each family, and nothing else.
@@ -125,7 +142,7 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
     (
         (0..3_u8, prop::option::of(1..3_u8)),
         (some(&VIPS, 3), some(&VIPS, 2), some(&VIPS, 2)),
-        (any::<bool>(), any::<bool>(), select(vec![0_u16, 32_000])),
+        (any::<[bool; 3]>(), select(vec![0_u16, 32_000, 30_080])),
         some(
             &[
                 "192.0.2.0/24",
@@ -139,7 +156,7 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
         prop::collection::vec(service_port(), 1..4),
     )
         .prop_map(
-            |((name, age), vips, (internal, external, check), ranges, ports)| {
+            |((name, age), vips, ([internal, external, affine], check), ranges, ports)| {
                 let policy = |local: bool| if local { "Local" } else { "Cluster" }.to_owned();
                 let mut service = Service::default();
                 service.metadata.name = format!("s{name}");
@@ -150,6 +167,7 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
                 (spec.cluster_ips, spec.external_ips) = (vips.0, vips.1);
                 spec.internal_traffic_policy = policy(internal);
                 spec.external_traffic_policy = policy(external);
+                spec.session_affinity = if affine { "ClientIP" } else { "None" }.to_owned();
                 spec.health_check_node_port = check;
                 spec.load_balancer_source_ranges = ranges;
                 spec.ports = ports;
@@ -178,7 +196,7 @@ pub(crate) fn endpoint(family: usize) -> impl Strategy<Value = Endpoint> {
             terminating: Some(terminating),
         },
         node_name: match backend {
-            0 | 1 | 4 => Some("n0".to_owned()),
+            0 | 1 | 4 | 7 | 8 => Some("n0".to_owned()),
             2 | 3 | 5 => Some("n1".to_owned()),
             _ => None,
         },
@@ -233,9 +251,10 @@ pub(crate) fn world() -> impl Strategy<Value = World> {
         prop::collection::vec(slice(), 0..8),
         any::<bool>(),
         (prop::bool::weighted(0.2), detect, any::<bool>()),
+        any::<[bool; 2]>(),
     )
         .prop_map(
-            |(services, slices, host_port, (masquerade_all, detect_local, exempt))| {
+            |(services, slices, host_port, (masquerade_all, detect_local, exempt), ranges)| {
                 // The last of a name is what there is.
                 let services: BTreeMap<_, _> = services
                     .into_iter()
@@ -252,15 +271,16 @@ pub(crate) fn world() -> impl Strategy<Value = World> {
                     masquerade_all,
                     detect_local,
                     exempt,
+                    ranges,
                 }
             },
         )
 }
 
-pub(crate) fn node(name: &str, addresses: [&str; 2], ranges: [&str; 2]) -> Object {
+pub(crate) fn node(name: &str, addresses: [&str; 2], ranges: &[&str]) -> Object {
     let mut node = Node::default();
     name.clone_into(&mut node.metadata.name);
-    node.spec.pod_cidrs = ranges.map(str::to_owned).to_vec();
+    node.spec.pod_cidrs = ranges.iter().map(|range| (*range).to_owned()).collect();
     let addresses = addresses.map(|address| NodeAddress {
         kind: AddressKind::InternalIP,
         address: address.to_owned(),
@@ -271,7 +291,6 @@ pub(crate) fn node(name: &str, addresses: [&str; 2], ranges: [&str; 2]) -> Objec
 
 impl World {
     pub(crate) fn view(&self) -> NodeView {
-        let pods = ["10.1.0.0/16", "fd00:1::/32"];
         let mut view = NodeView::new(
             "n0",
             Policy {
@@ -281,16 +300,22 @@ impl World {
                     .exempt
                     .then(|| EXEMPT.map(|text| parse_network(text).unwrap()).to_vec()),
                 service_cidrs: SERVICES.map(|text| parse_network(text).unwrap()).to_vec(),
-                cluster_cidrs: pods.map(|text| parse_network(text).unwrap()).to_vec(),
+                cluster_cidrs: PODS.map(|text| parse_network(text).unwrap()).to_vec(),
                 ..Policy::default()
             },
         );
+        let known = |ranges: [&'static str; 2]| -> Vec<&str> {
+            let ranges = ranges.into_iter().zip(self.ranges);
+            ranges
+                .filter_map(|(range, known)| known.then_some(range))
+                .collect()
+        };
         let nodes = [
-            node("n0", OWN, ["10.1.0.0/24", "fd00:1::/64"]),
+            node("n0", OWN, &known(["10.1.0.0/24", "fd00:1::/64"])),
             node(
                 "n1",
                 ["192.0.2.2", "2001:db8::2"],
-                ["10.1.1.0/24", "fd00:1:1::/64"],
+                &known(["10.1.1.0/24", "fd00:1:1::/64"]),
             ),
         ];
         let services = self.services.iter().cloned().map(Object::Service);

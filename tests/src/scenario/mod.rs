@@ -2,7 +2,7 @@
 //!
 //! `manifests.yaml` is the cluster, and its head ([`citation`]) cites the row of the service
 //! semantics that is shown, from which `docs/semantics.md` is made; `config.yaml`, where there is one, is the agent's
-//! configuration; `foreign.nft` what another program has on the node, and `findings.txt` what
+//! configuration; `cast.yaml` other Nodes than all scenarios have; `foreign.nft` what another program has on the node, and `findings.txt` what
 //! `ferrule-agent check` says of it; `addresses.txt` what else node-a is called;
 //! `before.yaml` the cluster from which the node comes to what `manifests.yaml` asks for, and
 //! `before.ipvs` what a former agent then did to IPVS, as `ipvsadm -R` reads it. `packets.txt` is written by hand ([`table`]): who calls what, who answers, whom it sees.
@@ -57,13 +57,14 @@ const LIMIT: Duration = Duration::from_mins(5);
 /// What the names of their tests begin with.
 pub(crate) const PREFIX: &str = "scenario/";
 
-/// Node objects and service networks of all scenarios.
+/// Node objects and service networks of all scenarios, but for those that have their own.
 const CAST: &str = "cast.yaml";
 
 /// Files that a scenario may have.
-const FILES: [&str; 12] = [
+const FILES: [&str; 13] = [
     "manifests.yaml",
     "config.yaml",
+    CAST,
     "foreign.nft",
     "findings.txt",
     "addresses.txt",
@@ -119,7 +120,8 @@ pub fn tests() -> Vec<Test> {
         .collect()
 }
 
-/// `docs/semantics.md`, byte for byte; and no row of the semantics is without a scenario.
+/// `docs/semantics.md`, byte for byte; no row of the semantics is without a scenario, and none
+/// has two that are the same.
 fn semantics_come_from_the_scenarios(_: &mut Context) -> anyhow::Result<()> {
     let mut heads = BTreeMap::new();
     for name in names()? {
@@ -130,7 +132,26 @@ fn semantics_come_from_the_scenarios(_: &mut Context) -> anyhow::Result<()> {
     golden::check_file(&semantics::file(), &semantics::page(&heads)?)?;
     let missing = semantics::missing(&heads);
     ensure!(missing.is_empty(), "no scenario shows {missing:?}");
+    let twice = twice()?;
+    ensure!(twice.is_empty(), "these have the same content: {twice:?}");
     Ok(())
+}
+
+/// Scenarios whose files all have the same content, whatever stands in the head of their manifests.
+fn twice() -> anyhow::Result<Vec<Vec<String>>> {
+    let mut same: BTreeMap<Vec<(String, String)>, Vec<String>> = BTreeMap::new();
+    for name in names()? {
+        let scenario = folder().join(&name);
+        let mut files = Vec::new();
+        for file in FILES.iter().filter(|file| scenario.join(file).exists()) {
+            let text = read(&scenario.join(file))?;
+            let lines = text.lines().filter(|line| !line.starts_with('#'));
+            files.push(((*file).to_owned(), lines.collect::<Vec<_>>().join("\n")));
+        }
+        same.entry(files).or_default().push(name);
+    }
+    let names = same.into_values();
+    Ok(names.filter(|names| names.len() > 1).collect())
 }
 
 /// `plan.json` of every scenario, byte for byte.
@@ -143,7 +164,7 @@ fn plan_is_what_the_command_prints(context: &mut Context) -> anyhow::Result<()> 
         let scenario = folder().join(&name);
         let manifests = context.folder().join(&name);
         fs::create_dir(&manifests)?;
-        fs::copy(folder().join(CAST), manifests.join(CAST))?;
+        fs::copy(cast_of(&scenario), manifests.join(CAST))?;
         fs::copy(
             scenario.join("manifests.yaml"),
             manifests.join("manifests.yaml"),
@@ -166,6 +187,16 @@ fn plan_is_what_the_command_prints(context: &mut Context) -> anyhow::Result<()> 
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios")
+}
+
+/// The file of Node objects and service networks that a scenario has.
+fn cast_of(scenario: &Path) -> PathBuf {
+    let own = scenario.join(CAST);
+    if own.exists() {
+        own
+    } else {
+        folder().join(CAST)
+    }
 }
 
 fn names() -> anyhow::Result<BTreeSet<String>> {
@@ -227,7 +258,7 @@ impl Scenario {
         }
         let manifests = read(&folder.join("manifests.yaml"))?;
         Citation::parse(&manifests)?;
-        let mut objects = objects(&read(&folder.join("../").join(CAST))?)?;
+        let mut objects = objects(&read(&cast_of(folder))?)?;
         objects.extend(self::objects(&manifests)?);
         let rows = table::parse(&read(&folder.join("packets.txt"))?, &objects)?;
         ensure!(!rows.is_empty(), "packets.txt has no packet");
@@ -290,7 +321,7 @@ impl Scenario {
             kernel::program(cast.node(), &view)?;
             return Ok(view);
         };
-        let of_cast = objects(&read(&folder().join(CAST))?)?;
+        let of_cast = objects(&read(&cast_of(&self.folder))?)?;
         let mut view = self.view_of(&[of_cast, before.clone()].concat())?;
         view.set_own(own);
         kernel::program(cast.node(), &view)?;
@@ -355,7 +386,7 @@ impl Scenario {
     fn copy_manifests(&self, context: &Context) -> anyhow::Result<PathBuf> {
         let manifests = context.folder().join("manifests");
         fs::create_dir_all(&manifests)?;
-        fs::copy(folder().join(CAST), manifests.join(CAST))?;
+        fs::copy(cast_of(&self.folder), manifests.join(CAST))?;
         let own = "manifests.yaml";
         fs::copy(self.folder.join(own), manifests.join(own))?;
         Ok(manifests)

@@ -21,7 +21,7 @@ use ipnetwork::IpNetwork;
 
 use super::cast::{self, NODE};
 use super::table::{Expected, How, Row, Source};
-use super::{CAST, Scenario, folder, names, read};
+use super::{CAST, Scenario, cast_of, folder, names, read};
 use crate::context::Context;
 use crate::netns;
 use crate::sock::Transport;
@@ -232,7 +232,7 @@ fn command(
 ) -> anyhow::Result<Trace> {
     let manifests = context.folder().join(name);
     fs::create_dir(&manifests)?;
-    fs::copy(folder().join(CAST), manifests.join(CAST))?;
+    fs::copy(cast_of(&scenario.folder), manifests.join(CAST))?;
     let own = "manifests.yaml";
     fs::copy(scenario.folder.join(own), manifests.join(own))?;
     let mut command = Command::new(agent);

@@ -19,6 +19,8 @@ struct Words {
     own: Option<String>,
     /// Pods of the cluster.
     pods: Option<String>,
+    /// Both: a configured pod network need not hold this node's.
+    all_pods: Option<String>,
     /// Where pods' own addresses may appear.
     exempt: Option<String>,
 }
@@ -30,6 +32,7 @@ impl Words {
             digit,
             own: braces(&outermost(&nat.networks.node_pods, family)),
             pods: braces(&outermost(&nat.networks.pods, family)),
+            all_pods: braces(&outermost(&nat.networks.all_pods(), family)),
             exempt: braces(&outermost(&nat.networks.non_masquerade, family)),
         }
     }
@@ -162,15 +165,16 @@ impl Ruleset<'_> {
                 self.replace(&called, counters::ALL_CLUSTER, "masqueradeAll");
             }
         }
+        self.beyond_pods(words);
         let beyond = words.beyond();
         for preserved in words.called("preserved") {
             if let Some(pods) = &words.pods {
-                // A backend elsewhere would answer the pod, and not by way of this node.
-                let own = words.own.as_ref();
-                let elsewhere = own.map_or(String::new(), |own| format!("{ip} daddr != {own} "));
+                // A backend elsewhere would answer the pod, and not by way of this node. Which ones
+                // are here their endpoints say: not every node's pods have a range of their own.
                 self.replace(
                     &format!(
-                        "{preserved} {ip} saddr {pods} {beyond}{elsewhere}fib daddr type != local"
+                        "{preserved} {ip} saddr {pods} {beyond}\
+                         {ip} daddr . {ip} daddr != @hairpins{digit} fib daddr type != local"
                     ),
                     counters::OFF_NODE,
                     "a pod of another node that was led to a third",
@@ -213,22 +217,30 @@ impl Ruleset<'_> {
         }
     }
 
+    /// Also for pods of other nodes: such a backend would not answer by way of this one.
+    fn beyond_pods(&mut self, words: &Words) {
+        let Words { ip, .. } = words;
+        let (Some(pods), Some(all_pods)) = (&words.pods, &words.all_pods) else {
+            return;
+        };
+        for service in words.called("external").iter().chain([&words.vip()]) {
+            self.replace(
+                &format!(
+                    "{service} {ip} saddr {all_pods} {ip} daddr != {pods} fib daddr type != local"
+                ),
+                counters::POD_EGRESS,
+                "a backend that does not know the way to pods",
+            );
+        }
+    }
+
+    /// What calls no Service is replaced for pods of this node alone, where it has a range:
+    /// others are their own plugin's.
     fn of_pods(&mut self, words: &Words) {
-        let Words {
-            ip, pods, exempt, ..
-        } = words;
+        let Words { ip, exempt, .. } = words;
         let Some(own) = &words.own else {
             return;
         };
-        if let Some(pods) = pods {
-            for service in words.called("external").iter().chain([&words.vip()]) {
-                self.replace(
-                    &format!("{service} {ip} saddr {own} {ip} daddr != {pods}"),
-                    counters::POD_EGRESS,
-                    "a backend that does not know the way to pods",
-                );
-            }
-        }
         let outside = exempt
             .as_ref()
             .map_or(String::new(), |exempt| format!("{ip} daddr != {exempt} "));
