@@ -322,6 +322,30 @@ fn counters_count_and_leave_the_fingerprint() {
 }
 
 #[test]
+fn cluster_addresses_of_other_proxies_are_not_refused() {
+    in_namespace(|| async {
+        let mut nat = SourceNat::default();
+        nat.networks.services = ["10.96.0.0/16", "fd00:96::/112"].map(network).into();
+        let listed = || nft(&["list", "chain", "inet", TABLE, "unallocated"]);
+        load(program(), TABLE, Some(&nat), &[]).await.unwrap();
+        assert!(!listed().contains("!="), "{}", listed());
+        let left = ["10.96.0.11", "10.96.0.12", "fd00:96::b"];
+        nat.left_to_others = left.map(|ip| ip.parse().unwrap()).into();
+        load(program(), TABLE, Some(&nat), &[]).await.unwrap();
+        let text = listed();
+        assert!(
+            text.contains("ip daddr != { 10.96.0.11, 10.96.0.12 }"),
+            "{text}"
+        );
+        assert!(
+            text.contains("ip6 daddr != fd00:96::b")
+                || text.contains("ip6 daddr != { fd00:96::b }"),
+            "{text}"
+        );
+    });
+}
+
+#[test]
 fn source_nat_of_every_kind_loads_and_foreign_chains_go() {
     in_namespace(|| async {
         let networks = |texts: &[&str]| texts.iter().map(|t| t.parse().unwrap()).collect();

@@ -24,7 +24,7 @@ use crate::names::ObjectName;
 use crate::network::{self, NodeFacts};
 use crate::observed::Observed;
 pub use crate::planner::HealthCheck;
-use crate::planner::{Created, Planner, ServicePlan};
+use crate::planner::{Created, Planner, ServicePlan, left_to_another};
 pub use crate::scope::Scope;
 use crate::service::{Mark, ServiceKey, VirtualService};
 
@@ -48,6 +48,8 @@ pub struct Desired {
     hairpins: BTreeMap<IpAddr, usize>,
     pub(crate) host_ports: HostPorts,
     marks: Marks,
+    /// Cluster addresses of Services that ask for another proxy.
+    left_to_others: BTreeMap<ObjectName, BTreeSet<IpAddr>>,
     /// Claims to the ports of health checks.
     pub(crate) checks: BTreeMap<u16, BTreeSet<Claim>>,
     pub(crate) drains: Drains,
@@ -203,8 +205,26 @@ impl Desired {
         }
     }
 
+    /// Cluster addresses of Services that ask for another proxy.
+    pub fn left_to_others(&self) -> impl Iterator<Item = IpAddr> {
+        self.left_to_others.values().flatten().copied()
+    }
+
+    fn note_left_to_others(&mut self, cluster: &ClusterState, name: &ObjectName) {
+        let ours = self.facts.proxy_name.as_deref();
+        let left = cluster
+            .service(name)
+            .map(|service| left_to_another(service, ours))
+            .filter(|left| !left.is_empty());
+        match left {
+            Some(left) => self.left_to_others.insert(name.clone(), left),
+            None => self.left_to_others.remove(name),
+        };
+    }
+
     /// Computes one Service anew and returns what may have changed by it.
     pub fn update(&mut self, cluster: &ClusterState, name: &ObjectName) -> Scope {
+        self.note_left_to_others(cluster, name);
         let plan = cluster
             .service(name)
             .map(|service| {

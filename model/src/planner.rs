@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use crate::address::{Family, FrontendAddr, Protocol};
+use crate::address::{Family, FrontendAddr, Protocol, parse_address};
 use crate::cluster::ClusterState;
 use crate::condition::{Condition, Reason};
 use crate::desired::condition;
@@ -85,6 +85,22 @@ impl HealthCheck {
     }
 }
 
+fn asks_for_us(service: &Service, proxy_name: Option<&str>) -> bool {
+    let asked = service.metadata.labels.get(PROXY_NAME_LABEL);
+    asked.is_none_or(|name| Some(name.as_str()) == proxy_name)
+}
+
+/// The cluster addresses of a Service that asks for another proxy: ours serves nothing there,
+/// and neither does it refuse.
+pub(crate) fn left_to_another(service: &Service, proxy_name: Option<&str>) -> BTreeSet<IpAddr> {
+    if asks_for_us(service, proxy_name) {
+        return BTreeSet::new();
+    }
+    let spec = &service.spec;
+    let texts = spec.cluster_ips.iter().chain([&spec.cluster_ip]);
+    texts.filter_map(|text| parse_address(text).ok()).collect()
+}
+
 /// Headless Services, external names, those that ask for another proxy and those
 /// that have no address yet are not.
 fn is_ours_to_serve(service: &Service, proxy_name: Option<&str>) -> bool {
@@ -92,8 +108,7 @@ fn is_ours_to_serve(service: &Service, proxy_name: Option<&str>) -> bool {
     let mut ips = std::iter::once(&spec.cluster_ip).chain(&spec.cluster_ips);
     let headless = ips.clone().any(|text| text.eq_ignore_ascii_case("none"));
     let has_address = ips.any(|text| !text.is_empty());
-    let asked = service.metadata.labels.get(PROXY_NAME_LABEL);
-    let asks_for_us = asked.is_none_or(|name| Some(name.as_str()) == proxy_name);
+    let asks_for_us = asks_for_us(service, proxy_name);
     spec.service_type != ServiceType::ExternalName && asks_for_us && !headless && has_address
 }
 

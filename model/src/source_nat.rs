@@ -66,6 +66,8 @@ pub struct SourceNat {
     pub detect_local: Option<DetectLocal>,
     /// The configured pod network.
     pub cluster_cidrs: BTreeSet<IpNetwork>,
+    /// Cluster addresses of Services that are left to another proxy: few, where there are any.
+    pub left_to_others: BTreeSet<IpAddr>,
     /// Ports that a replaced source may have.
     pub ports: RangeInclusive<u16>,
     /// Sources by family.
@@ -107,6 +109,7 @@ impl SourceNat {
             masquerade_all: policy.masquerade_all,
             detect_local: policy.detect_local.clone(),
             cluster_cidrs: policy.cluster_cidrs.iter().copied().collect(),
+            left_to_others: BTreeSet::new(),
             ports: policy.source_ports(),
             sources,
         }

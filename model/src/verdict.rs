@@ -315,7 +315,8 @@ impl Way<'_> {
         let service = among(&networks.services, target) == Membership::Inside;
         let pods = networks.pods_among_services();
         let pod = among(&pods, target) == Membership::Inside;
-        (service && !pod).then_some(Verdict::Unallocated)
+        let left = self.nat.left_to_others.contains(&target);
+        (service && !pod && !left).then_some(Verdict::Unallocated)
     }
 
     fn passed(&self) -> Verdict {

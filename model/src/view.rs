@@ -243,12 +243,15 @@ impl NodeView {
     /// Whose source is to be replaced, and by what.
     #[must_use]
     pub fn source_nat(&self) -> SourceNat {
-        SourceNat::new(
-            &self.policy,
-            self.networks.clone(),
-            self.own.as_deref().unwrap_or_default(),
-            self.object.as_ref(),
-        )
+        SourceNat {
+            left_to_others: self.desired.left_to_others().collect(),
+            ..SourceNat::new(
+                &self.policy,
+                self.networks.clone(),
+                self.own.as_deref().unwrap_or_default(),
+                self.object.as_ref(),
+            )
+        }
     }
 
     /// The device whose link has this address, where the machine is known: the narrowest.

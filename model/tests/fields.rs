@@ -14,7 +14,8 @@ use ferrule_model::cluster::Event;
 use ferrule_model::desired::{Action, Frontend, FrontendKind};
 use ferrule_model::kube::{
     AddressKind, AddressType, Endpoint, EndpointPort, EndpointSlice, LoadBalancerIngress, Node,
-    NodeAddress, Object, SERVICE_NAME_LABEL, Service, ServicePort, ServiceType, WEIGHT_ANNOTATION,
+    NodeAddress, Object, PROXY_NAME_LABEL, SERVICE_NAME_LABEL, Service, ServicePort, ServiceType,
+    WEIGHT_ANNOTATION,
 };
 use ferrule_model::network::{Policy, outermost, parse_network};
 use ferrule_model::source_nat::OwnAddress;
@@ -460,4 +461,33 @@ fn where_health_is_asked_for() {
     assert_eq!(places(web.clone()), (all.clone(), vec![all[1].clone()]));
     web.spec.ports = vec![port("", 32_000)];
     assert_eq!(places(web), (all, Vec::new()));
+}
+
+/// Whoever serves them may do so beyond this node.
+#[test]
+fn cluster_addresses_of_services_of_another_proxy_are_not_refused() {
+    let policy = Policy {
+        service_cidrs: vec![parse_network("10.96.0.0/16").unwrap()],
+        proxy_name: Some("ours".to_owned()),
+        ..Policy::default()
+    };
+    let mut view = NodeView::new("n0", policy);
+    view.take([Event::Applied(Box::new(Object::Node(node())))]);
+    let mut judged = |label: Option<&str>| {
+        let mut web = service();
+        web.spec.cluster_ips = vec!["10.96.0.10".to_owned()];
+        let label = label.map(|name| (PROXY_NAME_LABEL.to_owned(), name.to_owned()));
+        web.metadata.labels.extend(label);
+        view.take([Event::Applied(Box::new(Object::Service(web)))]);
+        let packet = Packet {
+            source: "198.51.100.7".parse().unwrap(),
+            device: Some("eth0"),
+            target: FrontendAddr::new("10.96.0.10".parse().unwrap(), 443, Protocol::Tcp),
+        };
+        verdict(view.desired(), &view.source_nat(), &packet)
+    };
+    assert_eq!(judged(Some("mesh")), Verdict::Passed(Source::Kept));
+    assert_ne!(judged(Some("ours")), Verdict::Passed(Source::Kept));
+    assert_eq!(judged(Some("mesh")), Verdict::Passed(Source::Kept));
+    assert_ne!(judged(None), Verdict::Passed(Source::Kept));
 }

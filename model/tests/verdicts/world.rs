@@ -167,7 +167,7 @@ pub(crate) fn service() -> impl Strategy<Value = Service> {
                 (spec.cluster_ips, spec.external_ips) = (vips.0, vips.1);
                 spec.internal_traffic_policy = policy(internal);
                 spec.external_traffic_policy = policy(external);
-                spec.session_affinity = if affine { "ClientIP" } else { "None" }.to_owned();
+                if affine { "ClientIP" } else { "None" }.clone_into(&mut spec.session_affinity);
                 spec.health_check_node_port = check;
                 spec.load_balancer_source_ranges = ranges;
                 spec.ports = ports;

@@ -116,11 +116,15 @@ impl Ruleset<'_> {
             );
         }
         if let Some(services) = braces(&outermost(&nat.networks.services, family)) {
-            let not_pods = braces(&outermost(&nat.networks.pods_among_services(), family));
-            let not_pods = not_pods.map_or(String::new(), |pods| format!(" {ip} daddr != {pods}"));
+            let pods = braces(&outermost(&nat.networks.pods_among_services(), family));
+            let left = nat.left_to_others.iter().copied();
+            let left: Vec<IpAddr> = left.filter(|ip| Family::of(*ip) == family).collect();
+            let not = |others| format!(" {ip} daddr != {others}");
+            let not_pods = pods.map_or_else(String::new, not);
+            let not_others = braces(&left).map_or_else(String::new, not);
             self.rule(
                 "unallocated",
-                &format!("{ip} daddr {services}{not_pods} jump vip-without-service"),
+                &format!("{ip} daddr {services}{not_pods}{not_others} jump vip-without-service"),
                 "a service address that no service has",
             );
         }
