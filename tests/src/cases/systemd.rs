@@ -12,6 +12,7 @@ use ferrule_api_server::{ApiServer, Streaming};
 use super::world;
 use crate::api::{self, Api};
 use crate::context::Context;
+use crate::dump;
 use crate::netns;
 use crate::node::{Node, POD_RANGES, manifest};
 use crate::process::Process;
@@ -36,7 +37,6 @@ for place in /run /var/lib /usr/local/bin $system-generators $system/*.wants /et
 done
 ln -s "$2" /usr/local/bin/ferrule-agent
 grep -q ' /sys/fs/cgroup cgroup2 ' /proc/mounts || mount -t cgroup2 cgroup2 /sys/fs/cgroup
-hostname node-a
 container=ferrule-tests exec /lib/systemd/systemd --system --unit="$3" --log-target=console
 "#;
 
@@ -111,6 +111,7 @@ fn install(folder: &Path, log: &Path) -> anyhow::Result<()> {
         fs::write(units.join(format!("{target}.target")), text)?;
     }
     fs::write(folder.join("etc/machine-id"), "")?;
+    fs::write(folder.join("etc/hostname"), "node-a\n")?;
     fs::write(own.join("kubeconfig"), Api::kubeconfig())?;
     fs::write(
         own.join("config.yaml"),
@@ -137,7 +138,11 @@ pub(super) fn the_unit_runs(context: &mut Context) -> anyhow::Result<()> {
     };
     let served = |number: u8| {
         let vip = format!("{}:80", world::vips(number)[0]);
-        world::wait_for_ipvs(&node, "a Service", |table| table.contains(&vip)).map(drop)
+        wait::until_ok("a Service", PATIENCE, || {
+            let table = dump::ipvs(node.netns())?;
+            ensure!(table.contains(&vip), "no {vip}\n{table}");
+            Ok(())
+        })
     };
     add("web", 10)?;
     let _api = Api::start(node.netns(), &server)?;
