@@ -184,6 +184,10 @@ pub(super) fn a_second_agent_is_refused(context: &mut Context) -> anyhow::Result
     wait::until_ok("the first agent's settings", wait::SETTLED, || {
         let record = fs::read_to_string(node.state().join("sysctls.json"))?;
         ensure!(record.contains("ipv6/conf/all/forwarding"), "{record}");
+        // Those of IPVS come last, where it is.
+        let ipvs = node.netns().sysctl("ipv4/vs/conntrack").is_ok();
+        let is_made = record.contains("vs/expire_quiescent_template");
+        ensure!(!ipvs || is_made, "{record}");
         Ok(())
     })?;
     let own = |name: &str| context.folder().join(name);
