@@ -179,6 +179,8 @@ fn versioned(context: &Context, good: &[u8]) -> anyhow::Result<Vec<u8>> {
 /// first, which goes on as before; in another namespace it gets the same names.
 pub(super) fn a_second_agent_is_refused(context: &mut Context) -> anyhow::Result<()> {
     let node = Node::create(context, "node-a")?;
+    // Where there is such a module; the agent would load it later.
+    let _none = Command::new("modprobe").arg("ip_vs").output();
     node.start()?;
     // It listens before it has made its settings, which it notes on disk.
     wait::until_ok("the first agent's settings", wait::SETTLED, || {
