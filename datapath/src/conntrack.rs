@@ -45,12 +45,14 @@ const TCP: u16 = 1;
 const TCP_STATE: u16 = 1;
 /// `TCP_CONNTRACK_LAST_ACK`, `TIME_WAIT`, `CLOSE`: neither side will say anything more.
 const ENDED: [u8; 3] = [6, 7, 8];
-/// `CTA_FILTER_ORIG_FLAGS`, and its flags for the destination's address, the protocol's
-/// number and the destination's port.
+/// `CTA_FILTER_ORIG_FLAGS`, and its flags: of the source's and the destination's address, of
+/// the protocol's number, of the source's and the destination's port.
 const FILTER_ORIGINAL: u16 = 1;
-const FILTER_FLAGS: u32 = 1 << 1 | 1 << 3 | 1 << 5;
-/// The same of the source.
-const FILTER_SOURCE: u32 = 1 | 1 << 3 | 1 << 4;
+const BY_SOURCE: u32 = 1;
+const BY_DESTINATION: u32 = 1 << 1;
+const BY_PROTOCOL: u32 = 1 << 3;
+const BY_SOURCE_PORT: u32 = 1 << 4;
+const BY_DESTINATION_PORT: u32 = 1 << 5;
 /// `IPS_SEEN_REPLY`.
 const ANSWERED: u32 = 1 << 1;
 
@@ -196,7 +198,7 @@ fn question_of((ip, number, port): Key) -> RawMessage {
         nested(TUPLE_IP, &[source]),
         nested(TUPLE_PROTO, &[number, port]),
     ];
-    let flags = DefaultNla::new(FILTER_ORIGINAL, FILTER_SOURCE.to_ne_bytes().to_vec());
+    let flags = filter(ip, BY_SOURCE, BY_PROTOCOL | BY_SOURCE_PORT);
     let attributes = [nested(ORIGINAL, &tuple), nested(FILTER, &[flags])];
     RawMessage::new(GET, body(family_of(ip), &attributes))
 }
@@ -213,9 +215,24 @@ fn question(frontend: &FrontendAddr) -> RawMessage {
         nested(TUPLE_IP, &[ip]),
         nested(TUPLE_PROTO, &[number, port]),
     ];
-    let flags = DefaultNla::new(FILTER_ORIGINAL, FILTER_FLAGS.to_ne_bytes().to_vec());
+    let flags = filter(
+        frontend.ip,
+        BY_DESTINATION,
+        BY_PROTOCOL | BY_DESTINATION_PORT,
+    );
     let attributes = [nested(ORIGINAL, &tuple), nested(FILTER, &[flags])];
     RawMessage::new(GET, body(family(frontend), &attributes))
+}
+
+/// Which parts of the tuple count. Older kernels return all entries but those of an address of
+/// IPv6 (seen with 6.1): there more than what is asked for is returned, which is looked through
+/// anyway.
+fn filter(ip: IpAddr, by_address: u32, by_ports: u32) -> DefaultNla {
+    let flags = match ip {
+        IpAddr::V4(_) => by_address | by_ports,
+        IpAddr::V6(_) => by_ports,
+    };
+    DefaultNla::new(FILTER_ORIGINAL, flags.to_ne_bytes().to_vec())
 }
 
 fn nested(kind: u16, inner: &[DefaultNla]) -> DefaultNla {
