@@ -286,7 +286,7 @@ pub(super) fn clients_within_the_cluster_keep_theirs(context: &mut Context) -> a
     let service = world::service("web", 10, 80).replace("spec:\n", &spec);
     scene.node.write_manifest("web.yaml", &service)?;
     let by_mark = |table: &str, weight: u32| {
-        let marked: Vec<&str> = table.split("\nFWM").skip(1).collect();
+        let marked: Vec<&str> = table.split("FWM").skip(1).collect();
         let lines = marked.iter().flat_map(|service| service.lines());
         let servers = lines.filter(|line| line.trim().starts_with("->"));
         let end = format!(" {weight}");
