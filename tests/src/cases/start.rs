@@ -189,7 +189,12 @@ pub(super) fn a_second_agent_is_refused(context: &mut Context) -> anyhow::Result
         // Those of IPVS come last, where it is.
         let ipvs = node.netns().sysctl("ipv4/vs/conntrack").is_ok();
         let is_made = record.contains("vs/expire_quiescent_template");
-        ensure!(!ipvs || is_made, "{record}");
+        let device = node
+            .netns()
+            .links()?
+            .iter()
+            .any(|name| name == "kube-ipvs0");
+        ensure!(!ipvs || (is_made && device), "{record}");
         Ok(())
     })?;
     let own = |name: &str| context.folder().join(name);

@@ -24,7 +24,7 @@ const UNIT: &str = "ferrule-agent.service";
 const SILENCE: Duration = Duration::from_secs(10);
 
 /// For systemd to do something, on a machine that is emulated.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Lays the unit and its files over those of the machine, for this process and what it starts.
 const INSIDE: &str = r#"
@@ -136,7 +136,7 @@ pub(super) fn the_unit_runs(context: &mut Context) -> anyhow::Result<()> {
         };
         api::put_all(&server, &world::endpoint_slices(name, &[endpoint])?)
     };
-    let served = |number: u8| {
+    let programmed = |number: u8| {
         let vip = format!("{}:80", world::vips(number)[0]);
         wait::until_ok("a Service", PATIENCE, || {
             let table = dump::ipvs(node.netns())?;
@@ -149,7 +149,7 @@ pub(super) fn the_unit_runs(context: &mut Context) -> anyhow::Result<()> {
     let manager = Manager::start(context, &node)?;
     wait::until_ok("an answer of systemd", PATIENCE, || manager.show("Id"))?;
     manager.wait_until_active()?;
-    served(10)?;
+    programmed(10)?;
 
     let first = manager.show("MainPID")?;
     manager.run(&["systemctl", "reload", UNIT])?;
@@ -165,9 +165,9 @@ pub(super) fn the_unit_runs(context: &mut Context) -> anyhow::Result<()> {
         Ok(())
     })?;
     manager.wait_until_active()?;
-    served(10).context("of the first process")?;
+    programmed(10).context("of the first process")?;
     add("other", 11)?;
-    served(11).context("of the second process")?;
+    programmed(11).context("of the second process")?;
 
     manager.run(&["systemctl", "stop", UNIT])?;
     let (state, result) = (manager.show("ActiveState")?, manager.show("Result")?);
@@ -175,6 +175,6 @@ pub(super) fn the_unit_runs(context: &mut Context) -> anyhow::Result<()> {
         (&*state, &*result) == ("inactive", "success"),
         "{state}, {result}"
     );
-    served(10).context("after the stop")?;
-    served(11).context("after the stop")
+    programmed(10).context("after the stop")?;
+    programmed(11).context("after the stop")
 }
