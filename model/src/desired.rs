@@ -35,6 +35,10 @@ pub(crate) struct Claim {
     pub(crate) service: ObjectName,
 }
 
+/// How many cluster addresses of Services for another proxy are spared: they stand in a rule, which
+/// is loaded anew with each of them.
+const MOST_LEFT_TO_OTHERS: usize = 1024;
+
 /// Everything that should be programmed for services on one node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
@@ -205,9 +209,11 @@ impl Desired {
         }
     }
 
-    /// Cluster addresses of Services that ask for another proxy.
+    /// Cluster addresses of Services that ask for another proxy: by namespace and name, as many
+    /// as a rule may hold.
     pub fn left_to_others(&self) -> impl Iterator<Item = IpAddr> {
-        self.left_to_others.values().flatten().copied()
+        let all = self.left_to_others.values().flatten().copied();
+        all.take(MOST_LEFT_TO_OTHERS)
     }
 
     fn note_left_to_others(&mut self, cluster: &ClusterState, name: &ObjectName) {
