@@ -453,7 +453,7 @@ fn connections_of_clients_within_the_cluster_live_on() {
         .servers
         .keys();
     assert_eq!(
-        Vec::from_iter(servers),
+        servers.collect::<Vec<_>>(),
         [&server(1).1],
         "datagrams are not waited for"
     );
