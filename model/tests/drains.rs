@@ -495,6 +495,28 @@ fn connections_of_clients_within_the_cluster_live_on() {
     assert!(!world.kernel.is_bound(addr.ip));
 }
 
+/// As those of all others, where the frontend is there and has no endpoint.
+#[test]
+fn connections_of_clients_within_the_cluster_end_with_their_pod() {
+    let mut world = World::new();
+    let Object::Service(mut service) = service() else {
+        unreachable!("it is one")
+    };
+    service.spec.service_type = ServiceType::LoadBalancer;
+    "Local".clone_into(&mut service.spec.external_traffic_policy);
+    service.spec.external_ips = vec!["198.51.100.7".to_owned()];
+    world.tell(Object::Service(service));
+    world.list([endpoint("10.1.0.1", "n1", false, true)]);
+    world.ends(MINUTE, &["10.1.0.2"]);
+    world.list([]);
+    let leaving = |world: &World| world.view.desired().drains().live().count();
+    assert_eq!(leaving(&world), 2, "by address and by mark");
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    let ends = world.ends(MINUTE + SETTLED, &[]);
+    assert_eq!(ends, [End::PodGone, End::PodGone]);
+    assert_eq!(leaving(&world), 0);
+}
+
 /// Nobody has looked at it while it drained and was listed.
 #[test]
 fn where_an_endpoint_was_that_left_at_once_is_known() {
