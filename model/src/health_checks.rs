@@ -11,7 +11,7 @@ use crate::names::ObjectName;
 use crate::planner::{HealthCheck, ServicePlan};
 
 impl Desired {
-    /// Takes in what a Service asks for now.
+    /// Takes in the port that a Service asks for in place of its former one.
     pub(crate) fn claim_check(&mut self, old: &ServicePlan, new: &ServicePlan, name: &ObjectName) {
         if let Some(check) = &old.health_check
             && let Some(claims) = self.checks.get_mut(&check.port)

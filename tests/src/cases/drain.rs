@@ -225,22 +225,7 @@ pub(super) fn the_last_backend_keeps_its_connections(context: &mut Context) -> a
     scene.list(&[])?;
     scene.wait_for_weight(&scene.one, Some(0))?;
     live(&mut connections, "one")?;
-    refused(&scene, world::vips(10))?;
-    scene.node.remove_manifest("web-slices.yaml")?;
-    scene.node.remove_manifest("web.yaml")?;
-    let told = world::service("marker", 11, 80);
-    scene.node.write_manifest("marker.yaml", &told)?;
-    wait::until_ok("the change after the deletion", wait::SETTLED, || {
-        let bound = dump::vips(scene.node.netns())?;
-        ensure!(bound.contains(&world::vips(11)[0]), "{bound:?}");
-        Ok(())
-    })?;
-    live(&mut connections, "one").context("of a deleted Service")?;
-    refused(&scene, world::vips(10))?;
-    scene.node.kill9()?;
-    scene.node.start()?;
-    live(&mut connections, "one").context("after a restart")?;
-    refused(&scene, world::vips(10))?;
+    outlive_the_service(&scene, &mut connections, world::vips(10))?;
     drop(connections);
     wait::until_ok("the end of the Service", wait::SETTLED, || {
         let (table, vips) = (
@@ -251,6 +236,31 @@ pub(super) fn the_last_backend_keeps_its_connections(context: &mut Context) -> a
         ensure!(gone && !table.contains("10.96.0.10:"), "{vips:?}\n{table}");
         Ok(())
     })
+}
+
+/// New connections are refused and old ones live on: without an endpoint, without the Service,
+/// and after a restart of the agent.
+fn outlive_the_service(
+    scene: &Scene,
+    open: &mut [Connection],
+    vips: [IpAddr; 2],
+) -> anyhow::Result<()> {
+    refused(scene, vips)?;
+    scene.node.remove_manifest("web-slices.yaml")?;
+    scene.node.remove_manifest("web.yaml")?;
+    let told = world::service("marker", 11, 80);
+    scene.node.write_manifest("marker.yaml", &told)?;
+    wait::until_ok("the change after the deletion", wait::SETTLED, || {
+        let bound = dump::vips(scene.node.netns())?;
+        ensure!(bound.contains(&world::vips(11)[0]), "{bound:?}");
+        Ok(())
+    })?;
+    live(open, "one").context("of a deleted Service")?;
+    refused(scene, vips)?;
+    scene.node.kill9()?;
+    scene.node.start()?;
+    live(open, "one").context("after a restart")?;
+    refused(scene, vips)
 }
 
 fn refused(scene: &Scene, vips: [IpAddr; 2]) -> anyhow::Result<()> {
@@ -299,22 +309,7 @@ pub(super) fn clients_within_the_cluster_keep_theirs(context: &mut Context) -> a
     scene.list(&[(&scene.one, UNREADY)])?;
     world::wait_for_ipvs(&scene.node, "their leaving", |table| by_mark(table, 0))?;
     live(&mut open, "one")?;
-    refused(&scene, vips)?;
-    scene.node.remove_manifest("web-slices.yaml")?;
-    scene.node.remove_manifest("web.yaml")?;
-    let told = world::service("marker", 11, 80);
-    scene.node.write_manifest("marker.yaml", &told)?;
-    wait::until_ok("the change after the deletion", wait::SETTLED, || {
-        let bound = dump::vips(scene.node.netns())?;
-        ensure!(bound.contains(&world::vips(11)[0]), "{bound:?}");
-        Ok(())
-    })?;
-    live(&mut open, "one").context("of a deleted Service")?;
-    refused(&scene, vips)?;
-    scene.node.kill9()?;
-    scene.node.start()?;
-    live(&mut open, "one").context("after a restart")?;
-    refused(&scene, vips)?;
+    outlive_the_service(&scene, &mut open, vips)?;
     drop(open);
     wait::until_ok("the end of the Service", wait::SETTLED, || {
         let (table, bound) = (
