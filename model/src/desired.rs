@@ -109,12 +109,12 @@ impl Desired {
 
     /// Lets the real servers of TCP in `scope` that the kernel has and nobody wants keep
     /// their connections from now on, and forgets those that are gone or wanted again.
-    /// Returns those whose pods are gone, so that they need not.
-    pub fn drain(&mut self, observed: &Observed, scope: &Scope, now: Instant) -> Vec<Server> {
-        let frontends = scope
-            .frontends
-            .iter()
-            .map(|addr| ServiceKey::Address(*addr));
+    /// Returns those whose pods are gone, so that they need not. A virtual service by mark and
+    /// the frontends that it holds are looked at together: `scope` has both afterwards.
+    pub fn drain(&mut self, observed: &Observed, scope: &mut Scope, now: Instant) -> Vec<Server> {
+        self.drains.widen(scope);
+        let frontends = scope.frontends.iter();
+        let frontends = frontends.map(|addr| ServiceKey::Address(*addr));
         for key in frontends.chain(scope.marked.iter().copied()) {
             let wanted = self.virtual_service(&key);
             let drains = match key {
@@ -139,6 +139,7 @@ impl Desired {
             });
             self.drains.set(key, &unwanted.collect(), now);
         }
+        self.drains.widen(scope);
         self.drains.note(&scope.left);
         let ended = scope.ended.iter().copied();
         let ended = ended.filter(|server| self.drains.end(server)).collect();

@@ -16,15 +16,10 @@ use crate::service::{Mark, ServiceKey, VirtualService};
 #[must_use]
 pub fn diff(desired: &Desired, observed: &Observed, scope: &Scope) -> Vec<Change> {
     let mut changes = Vec::new();
-    // What a virtual service by mark holds while its backends leave.
-    let held = scope.marked.iter();
-    let held = held.flat_map(|key| desired.drains().marked(key));
-    let held: BTreeSet<FrontendAddr> = held.copied().collect();
-    let held_vips: BTreeSet<IpAddr> = held.iter().map(|addr| addr.ip).collect();
-    for ip in scope.vips.union(&held_vips) {
+    for ip in &scope.vips {
         diff_vip(*ip, desired, observed, &mut changes);
     }
-    for addr in scope.frontends.union(&held) {
+    for addr in &scope.frontends {
         diff_frontend(addr, desired, observed, &mut changes);
     }
     for key in &scope.marked {

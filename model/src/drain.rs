@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use crate::address::{BackendAddr, FrontendAddr};
 use crate::cluster::{ClusterState, Left};
 use crate::observed::Observed;
+use crate::scope::Scope;
 use crate::service::ServiceKey;
 
 /// A backend that leaves.
@@ -137,6 +138,18 @@ impl Drains {
             .get(key)
             .is_some_and(|addrs| addrs.contains(addr))
             && self.kept(*key).next().is_some()
+    }
+
+    /// Adds to `scope` what goes together: virtual services by mark that nobody wants, and the
+    /// frontends that led there.
+    pub(crate) fn widen(&self, scope: &mut Scope) {
+        for (key, addrs) in &self.marked {
+            let is_meant = scope.marked.contains(key);
+            if is_meant || addrs.iter().any(|addr| scope.frontends.contains(addr)) {
+                scope.insert_service(*key);
+                addrs.iter().for_each(|addr| scope.insert(*addr));
+            }
+        }
     }
 
     /// Takes in which frontends lead to a virtual service by mark that nobody wants.

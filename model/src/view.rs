@@ -141,7 +141,7 @@ impl NodeView {
 
     /// Lets what the kernel has in `scope` and nobody wants keep its connections; see
     /// [`Desired::drain`].
-    pub fn drain(&mut self, observed: &Observed, scope: &Scope, now: Instant) -> Vec<Server> {
+    pub fn drain(&mut self, observed: &Observed, scope: &mut Scope, now: Instant) -> Vec<Server> {
         self.desired.drain(observed, scope, now)
     }
 

@@ -121,8 +121,9 @@ impl World {
     }
 
     fn follow(&mut self, scope: &Scope) -> Vec<Change> {
-        self.view.drain(&self.kernel, scope, self.start);
-        let changes = diff(self.view.desired(), &self.kernel, scope);
+        let mut scope = scope.clone();
+        self.view.drain(&self.kernel, &mut scope, self.start);
+        let changes = diff(self.view.desired(), &self.kernel, &scope);
         for change in &changes {
             self.kernel.record(change);
         }
@@ -515,6 +516,52 @@ fn connections_of_clients_within_the_cluster_end_with_their_pod() {
     let ends = world.ends(MINUTE + SETTLED, &[]);
     assert_eq!(ends, [End::PodGone, End::PodGone]);
     assert_eq!(leaving(&world), 0);
+}
+
+/// Whoever has the frontend now is not refused for the sake of those who had it.
+#[test]
+fn connections_by_mark_end_where_another_service_gets_their_frontend() {
+    let mut world = World::new();
+    let Object::Service(mut former) = service() else {
+        unreachable!("it is one")
+    };
+    former.spec.service_type = ServiceType::LoadBalancer;
+    former.spec.external_ips = vec!["198.51.100.7".to_owned()];
+    let mut next = former.clone();
+    "Local".clone_into(&mut former.spec.external_traffic_policy);
+    world.tell(Object::Service(former));
+    world.list([endpoint("10.1.0.1", "n1", false, false)]);
+    assert_eq!(world.kernel.closed.len(), 1, "nobody leaves");
+    // Its slices are said to be of the other one.
+    "next".clone_into(&mut next.metadata.name);
+    next.spec.cluster_ips = vec!["10.96.0.2".to_owned()];
+    let Object::EndpointSlice(mut slice) = slice([endpoint("10.1.0.3", "n0", true, false)]) else {
+        unreachable!("it is one")
+    };
+    "next-4".clone_into(&mut slice.metadata.name);
+    slice.metadata.labels = [(SERVICE_NAME_LABEL.to_owned(), "next".to_owned())].into();
+    world.tell(Object::EndpointSlice(slice));
+    world.tell(Object::Service(next));
+    let (scope, _) = world.view.take([Event::Deleted(ObjectKey {
+        kind: Kind::Service,
+        name: ObjectName::new("default", "web"),
+    })]);
+    world.follow(&scope);
+    let addr = FrontendAddr::new([198, 51, 100, 7].into(), 80, Protocol::Tcp);
+    let Observed {
+        closed,
+        marks,
+        services,
+        ..
+    } = &world.kernel;
+    assert!(closed.is_empty(), "{closed:?}");
+    assert!(marks.is_empty(), "{marks:?}");
+    let servers = services[&addr.into()].servers.keys().map(|b| b.ip);
+    assert_eq!(servers.collect::<Vec<_>>(), [IpAddr::from([10, 1, 0, 3])]);
+    let by_mark = services.keys().find(|key| key.address().is_none());
+    assert_eq!(by_mark, None);
+    let everything = everything(world.view.desired(), &world.kernel);
+    assert_eq!(world.follow(&everything), []);
 }
 
 /// Nobody has looked at it while it drained and was listed.

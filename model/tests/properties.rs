@@ -218,8 +218,8 @@ proptest! {
         let now = Instant::now();
         for event in events {
             let before = kernel.clone();
-            let scope = world.take(event);
-            world.desired.drain(&kernel, &scope, now);
+            let mut scope = world.take(event);
+            world.desired.drain(&kernel, &mut scope, now);
             let changes = diff(&world.desired, &kernel, &scope);
             carry_out(&world.desired, &mut kernel, &changes)?;
             prop_assert_eq!(diff_all(&world.desired, &kernel), vec![]);
@@ -251,11 +251,11 @@ proptest! {
             world.desired.end_drain(&server);
             scope.insert_service(server.0);
         }
-        world.desired.drain(&kernel, &scope, now);
+        world.desired.drain(&kernel, &mut scope, now);
         let changes = diff(&world.desired, &kernel, &scope);
         carry_out(&world.desired, &mut kernel, &changes)?;
         prop_assert_eq!(&kernel, &wanted(&world.desired));
-        world.desired.drain(&kernel, &scope, now);
+        world.desired.drain(&kernel, &mut scope, now);
         prop_assert!(world.desired.drains().is_empty());
     }
 

@@ -315,7 +315,7 @@ fn a_backend_that_leaves_is_told() {
     )])))]);
     view.drain(
         &observed,
-        &everything(view.desired(), &observed),
+        &mut everything(view.desired(), &observed),
         Instant::now(),
     );
     for change in diff_all(view.desired(), &observed.clone()) {

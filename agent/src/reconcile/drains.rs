@@ -386,7 +386,7 @@ impl Reconciler {
 
     /// Lets what is not wanted any longer keep its connections, before the difference to
     /// the kernel is taken.
-    pub(super) fn drain(&mut self, scope: &Scope) {
+    pub(super) fn drain(&mut self, scope: &mut Scope) {
         let Some(observed) = &self.observed else {
             return;
         };

@@ -370,8 +370,8 @@ impl Reconciler {
 
     /// What lies between what is and what should be, at the addresses that may differ.
     fn changes(&mut self) -> Vec<Change> {
-        let scope = std::mem::take(&mut self.dirty);
-        self.drain(&scope);
+        let mut scope = std::mem::take(&mut self.dirty);
+        self.drain(&mut scope);
         let Some(observed) = &self.observed else {
             return Vec::new();
         };
