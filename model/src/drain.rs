@@ -147,7 +147,9 @@ impl Drains {
             let is_meant = scope.marked.contains(key);
             if is_meant || addrs.iter().any(|addr| scope.frontends.contains(addr)) {
                 scope.insert_service(*key);
-                addrs.iter().for_each(|addr| scope.insert(*addr));
+                for addr in addrs {
+                    scope.insert(*addr);
+                }
             }
         }
     }
