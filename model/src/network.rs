@@ -602,8 +602,29 @@ mod tests {
         let halves = ["192.0.2.4/31", "192.0.2.7/32"];
         assert_eq!(but("192.0.2.4/30", "192.0.2.6"), halves);
         assert_eq!(but("fd00::2/127", "fd00::3"), ["fd00::2/128"]);
+        assert_eq!(but("fd00::/126", "fd00::3"), ["fd00::/127", "fd00::2/128"]);
         assert!(but("192.0.2.6/32", "192.0.2.6").is_empty());
         assert_eq!(but("::/0", "::").len(), 128);
+    }
+
+    #[test]
+    fn pods_among_services_and_of_every_node() {
+        let set = |texts: &[&str]| networks(texts).into_iter().collect::<BTreeSet<_>>();
+        let known = Networks {
+            // Around the range, within it, beside it.
+            pods: set(&["10.0.0.0/8", "10.97.0.0/16", "10.244.0.0/16"]),
+            node_pods: set(&["10.244.0.0/16", "172.16.0.0/24"]),
+            services: set(&["10.96.0.0/12"]),
+            ..Networks::default()
+        };
+        assert_eq!(known.pods_among_services(), set(&["10.97.0.0/16"]));
+        let all = set(&[
+            "10.0.0.0/8",
+            "10.97.0.0/16",
+            "10.244.0.0/16",
+            "172.16.0.0/24",
+        ]);
+        assert_eq!(known.all_pods(), all);
     }
 
     #[test]
