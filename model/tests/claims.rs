@@ -345,6 +345,13 @@ fn a_health_check_counts_ready_endpoints_of_this_node() {
         ready: BTreeMap::from([(Family::IPv4, 2), (Family::IPv6, 1)]),
     };
     assert_eq!(expected.local_endpoints(), 2);
+    let of = |check: &HealthCheck| Family::ALL.map(|family| check.local_endpoints_of(family));
+    assert_eq!(of(&expected), [2, 1]);
+    let of_one_family = HealthCheck {
+        port: 32_000,
+        ready: BTreeMap::from([(Family::IPv6, 3)]),
+    };
+    assert_eq!(of(&of_one_family), [3, 3]);
     assert_eq!(
         checked(ServiceType::LoadBalancer, "Local", 32_000),
         (Some(expected), vec!["198.51.100.1:32000/TCP".to_owned()])
