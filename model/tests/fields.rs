@@ -120,6 +120,24 @@ fn a_service_without_cluster_ip_is_ignored_entirely() {
 }
 
 #[test]
+fn a_health_check_at_a_node_port_of_its_own_service_is_told() {
+    for (node_port, problems) in [
+        (32_000, vec!["Service default/web DuplicatePort".to_owned()]),
+        (32_001, vec![]),
+    ] {
+        let mut web = service();
+        web.spec.service_type = ServiceType::LoadBalancer;
+        "Local".clone_into(&mut web.spec.external_traffic_policy);
+        web.spec.health_check_node_port = 32_000;
+        web.spec.ports[0].node_port = node_port;
+        let view = view([Object::Node(node()), Object::Service(web)]);
+        assert_eq!(said(&view), problems, "{node_port}");
+        assert_eq!(view.desired().health_checks().len(), 1);
+        assert!(at(&view, "192.0.2.1", node_port).is_some());
+    }
+}
+
+#[test]
 fn balancers_with_ip_mode_proxy_or_an_unknown_one_yield_no_frontend() {
     let mut web = service();
     web.spec.service_type = ServiceType::LoadBalancer;
