@@ -233,27 +233,29 @@ impl ClusterState {
         self.nodes.iter().map(|(name, node)| (&**name, node))
     }
 
-    /// Notes that every Node of a cluster was told: one that was not is gone, also if that was
-    /// before anybody listened.
+    /// Notes that every Node of a cluster was told: see [`ClusterState::is_unheard_of`].
     pub fn know_all_nodes(&mut self) {
         self.all_nodes = true;
     }
 
-    /// Whether the Node of that name is gone, or tainted as lost. Without
-    /// [`ClusterState::know_all_nodes`] of one that was never there nothing is known, as of all
-    /// together: a folder of manifests may have one object alone.
+    /// Whether the Node of that name was seen to go, or is tainted as lost. Where there are no
+    /// Nodes at all nothing is known: a folder of manifests may have one object alone.
     #[must_use]
     pub fn is_lost(&self, name: &str) -> bool {
         match self.nodes.get(name) {
-            None => {
-                let is_gone = self.all_nodes || self.gone_nodes.contains(name);
-                !self.nodes.is_empty() && is_gone
-            }
+            None => !self.nodes.is_empty() && self.gone_nodes.contains(name),
             Some(node) => {
                 let mut taints = node.spec.taints.iter();
                 taints.any(|taint| LOST_TAINTS.contains(&&*taint.key))
             }
         }
+    }
+
+    /// Whether every Node of the cluster was told once, and that of this name is not among them.
+    /// It went before that, or came since, and its object is behind others.
+    #[must_use]
+    pub fn is_unheard_of(&self, name: &str) -> bool {
+        self.all_nodes && !self.nodes.is_empty() && !self.nodes.contains_key(name)
     }
 
     /// What the slices of all Services say of these endpoints; one that is in none is left

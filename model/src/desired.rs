@@ -118,14 +118,19 @@ impl Desired {
         for key in frontends.chain(scope.marked.iter().copied()) {
             let wanted = self.virtual_service(&key);
             let drains = match key {
-                ServiceKey::Address(addr) => addr.protocol == Protocol::Tcp,
+                ServiceKey::Address(addr) => {
+                    addr.protocol == Protocol::Tcp && !self.is_health_check(&addr)
+                }
                 ServiceKey::Mark { mark, .. } if wanted.is_some() => {
                     self.drains.set_marked(key, BTreeSet::new());
                     let holder = self.marks.holder(mark);
                     holder.is_some_and(|holder| holder.protocol == Protocol::Tcp)
                 }
                 ServiceKey::Mark { .. } => {
-                    let held = self.still_marked(key, observed);
+                    let held = match observed.services.get(&key) {
+                        Some(_) => self.still_marked(key, observed),
+                        None => BTreeSet::new(),
+                    };
                     let drains = !held.is_empty();
                     self.drains.set_marked(key, held);
                     drains
@@ -158,7 +163,7 @@ impl Desired {
         });
         let free = marked.filter(|(addr, _)| {
             let service = self.virtual_service(&ServiceKey::Address(**addr));
-            service.is_none() && self.mark(addr).is_none()
+            service.is_none() && self.mark(addr).is_none() && !self.is_health_check(addr)
         });
         free.map(|(addr, _)| *addr).collect()
     }

@@ -263,7 +263,10 @@ impl Drains {
             } else {
                 drain.left.get_or_insert(now);
             }
-            let node_gone = drain.node.as_deref().is_some_and(|n| cluster.is_lost(n));
+            let node_gone = drain.node.as_deref().is_some_and(|node| {
+                // As long as a slice names the endpoint, its Node may be a new one.
+                cluster.is_lost(node) || (drain.left.is_some() && cluster.is_unheard_of(node))
+            });
             let left = drain.left.map(|left| now.saturating_duration_since(left));
             // With a Service its slices go, and the pods that were being ended may go on.
             let pod_gone = || {

@@ -52,6 +52,15 @@ impl Desired {
         holder.is_some_and(|(_, plan)| plan.served.contains(addr)) && self.frontend(addr).is_none()
     }
 
+    /// Whether the health check of a Service is asked at this place, of a VIP or of this node.
+    #[must_use]
+    pub fn is_health_check(&self, addr: &FrontendAddr) -> bool {
+        let holder = self.checked_at(addr.port);
+        let is_asked =
+            |plan: &ServicePlan| plan.served.contains(addr) || plan.checked.contains(addr);
+        holder.is_some_and(|(_, plan)| is_asked(plan)) && self.frontend(addr).is_none()
+    }
+
     /// Every such place, in order.
     pub fn served(&self) -> impl Iterator<Item = FrontendAddr> {
         let all = self.served_at(self.checks.keys()).into_iter();

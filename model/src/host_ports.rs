@@ -242,7 +242,7 @@ impl PodPorts {
 pub enum ClaimError {
     /// A Service has the node port.
     #[error(
-        "host port {}/{} is the node port of Service {service} at {}; give the pod another hostPort, or the Service another nodePort",
+        "host port {}/{} is the node port of Service {service} at {}, or that of its health check; give the pod another hostPort, or the Service another nodePort",
         .addr.port, .addr.protocol, .addr.ip
     )]
     Taken {

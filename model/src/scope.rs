@@ -23,8 +23,7 @@ pub struct Scope {
     pub hairpins: BTreeSet<IpAddr>,
     /// Virtual services by mark.
     pub marked: BTreeSet<ServiceKey>,
-    /// Backends that were used while their pods were being ended, and of which nobody
-    /// will hear again: they need no drain.
+    /// Backends of host ports whose pods are gone: they need no drain.
     pub ended: BTreeSet<Server>,
     /// What was said last of endpoints that a slice names no longer.
     pub left: Left,

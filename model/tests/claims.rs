@@ -1,10 +1,10 @@
 //! Who holds an address, what that gives and takes, and what of it is news.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ferrule_model::address::{Family, FrontendAddr, Protocol};
-use ferrule_model::cluster::Event;
+use ferrule_model::address::{BackendAddr, Family, FrontendAddr, Protocol};
+use ferrule_model::cluster::{Event, Listing};
 use ferrule_model::condition::Reason;
 use ferrule_model::desired::{FrontendKind, HealthCheck, Scope};
 use ferrule_model::diff::{diff, diff_all};
@@ -127,6 +127,31 @@ fn a_scope_counts_what_it_names() {
     // Three frontends, their two addresses, a hairpin and four marks.
     assert_eq!(scope.len(), 10);
     assert!(!scope.is_empty());
+}
+
+/// What backends leave is told in bounds: where it is more, none of the older is.
+#[test]
+fn a_scope_holds_as_much_of_what_was_told_last_as_it_may() {
+    let addr = FrontendAddr::new([10, 96, 0, 1].into(), 80, Protocol::Tcp);
+    let backend = |n: u32| BackendAddr::new(Ipv4Addr::from_bits(n).into(), 8080);
+    let full = |left: u32, ended: u32| {
+        let mut scope = Scope::default();
+        for n in 0..left {
+            let listing = Listing {
+                node: None,
+                terminating: false,
+            };
+            scope.left.insert(backend(n), listing);
+        }
+        scope.ended = (0..ended).map(|n| (addr.into(), backend(n))).collect();
+        scope
+    };
+    for (left, ended, kept) in [(65_536, 0, true), (65_530, 6, true), (65_531, 6, false)] {
+        let mut scope = full(left, ended);
+        scope.merge(Scope::default());
+        assert_eq!(!scope.left.is_empty(), kept, "{left} and {ended}");
+        assert_eq!(!scope.is_empty(), kept);
+    }
 }
 
 /// The same key is a node port first, and an external IP when the node has the

@@ -15,9 +15,9 @@ use ferrule_model::desired::Scope;
 use ferrule_model::diff::{diff, everything};
 use ferrule_model::drain::{End, Recalled, Server};
 use ferrule_model::kube::{
-    AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind,
-    LoadBalancerIngress, Node, Object, ObjectKey, SERVICE_NAME_LABEL, Service, ServicePort,
-    ServiceType, Taint,
+    AddressKind, AddressType, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, Kind,
+    LoadBalancerIngress, Node, NodeAddress, Object, ObjectKey, SERVICE_NAME_LABEL, Service,
+    ServicePort, ServiceType, Taint,
 };
 use ferrule_model::names::ObjectName;
 use ferrule_model::network::Policy;
@@ -407,6 +407,9 @@ fn a_node_that_is_in_no_complete_list_is_lost() {
         endpoint("10.1.0.2", "n1", true, false),
     ]);
     world.view.know_all_nodes();
+    // It may have come since: each kind of object is watched by itself.
+    assert_eq!(world.ends(MINUTE, &[]), []);
+    world.list([endpoint("10.1.0.2", "n1", true, false)]);
     assert_eq!(world.ends(MINUTE, &[]), [End::NodeGone]);
     // A list without any says nothing.
     let mut world = World::new();
@@ -560,6 +563,43 @@ fn connections_by_mark_end_where_another_service_gets_their_frontend() {
     assert_eq!(servers.collect::<Vec<_>>(), [IpAddr::from([10, 1, 0, 3])]);
     let by_mark = services.keys().find(|key| key.address().is_none());
     assert_eq!(by_mark, None);
+    let everything = everything(world.view.desired(), &world.kernel);
+    assert_eq!(world.follow(&everything), []);
+}
+
+/// A load balancer would take the node for one without endpoints.
+#[test]
+fn connections_end_where_a_health_check_is_asked_now() {
+    let mut world = World::new();
+    let mut here = Node::default();
+    "n0".clone_into(&mut here.metadata.name);
+    here.status.addresses = vec![NodeAddress {
+        kind: AddressKind::InternalIP,
+        address: "192.0.2.1".to_owned(),
+    }];
+    world.tell(Object::Node(here));
+    let Object::Service(mut former) = service() else {
+        unreachable!("it is one")
+    };
+    let mut next = former.clone();
+    former.spec.service_type = ServiceType::NodePort;
+    former.spec.ports[0].node_port = 32_000;
+    world.tell(Object::Service(former));
+    let (scope, _) = world.view.take([Event::Deleted(ObjectKey {
+        kind: Kind::Service,
+        name: ObjectName::new("default", "web"),
+    })]);
+    world.follow(&scope);
+    let addr = FrontendAddr::new([192, 0, 2, 1].into(), 32_000, Protocol::Tcp);
+    assert!(world.kernel.leaving.contains(&addr));
+    "next".clone_into(&mut next.metadata.name);
+    next.spec.cluster_ips = vec!["10.96.0.2".to_owned()];
+    next.spec.service_type = ServiceType::LoadBalancer;
+    "Local".clone_into(&mut next.spec.external_traffic_policy);
+    next.spec.health_check_node_port = 32_000;
+    world.tell(Object::Service(next));
+    assert!(!world.kernel.leaving.contains(&addr));
+    assert!(!world.kernel.services.contains_key(&addr.into()));
     let everything = everything(world.view.desired(), &world.kernel);
     assert_eq!(world.follow(&everything), []);
 }

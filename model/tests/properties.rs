@@ -44,7 +44,9 @@ fn check_marked(
     let marked = marks.filter(|(addr, of)| **of == mark && Family::of(addr.ip) == family);
     let mut frontends = marked.map(|(addr, _)| *addr);
     let elsewhere = |addr: &FrontendAddr| {
-        desired.virtual_service(&(*addr).into()).is_some() || desired.mark(addr).is_some()
+        desired.virtual_service(&(*addr).into()).is_some()
+            || desired.mark(addr).is_some()
+            || desired.is_health_check(addr)
     };
     let is_wanted = desired.marked_service(&key).is_some();
     let tcp = |addr: &FrontendAddr| addr.protocol == Protocol::Tcp;
@@ -227,6 +229,9 @@ proptest! {
                 let Some(addr) = key.address().filter(|addr| addr.protocol == Protocol::Tcp) else {
                     continue;
                 };
+                if world.desired.is_health_check(&addr) {
+                    continue;
+                }
                 let stays = |backend| !scope.ended.contains(&(*key, backend));
                 let kept = service.servers.keys().copied().filter(|backend| stays(*backend));
                 let wanted = world.desired.virtual_service(key).unwrap_or_default();

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use ferrule_model::ownership::is_of_a_pod;
@@ -49,14 +50,13 @@ impl Machine {
         }
     }
 
-    /// Whether a device leads out of the node: hardware, what is built on that, or what has a
-    /// default route. Others are between this node and its pods or virtual machines.
-    fn leads_out(&self, device: &str) -> bool {
-        let has_route = default_routes4(&self.routes4).any(|one| one == device)
-            || default_routes6(&self.routes6).any(|(one, _)| one == device);
-        has_route || self.is_hardware(device, DEPTH)
+    /// Devices with a default route.
+    fn routed(&self) -> BTreeSet<&str> {
+        let of_ipv6 = default_routes6(&self.routes6).map(|(device, _)| device);
+        default_routes4(&self.routes4).chain(of_ipv6).collect()
     }
 
+    /// Whether a device is hardware or built on that.
     fn is_hardware(&self, device: &str, depth: usize) -> bool {
         let folder = self.devices.join(device);
         if folder.join("device").exists() {
@@ -120,7 +120,9 @@ pub(super) fn keep(sysctls: &Sysctls, machine: &Machine) -> Result<(), SysctlErr
         let recorded = sysctls.first(FORWARDING);
         recorded.unwrap_or_else(|| read(FORWARDING).trim().to_owned()) == "0"
     };
-    // One that forwarded before we came took none with 1.
+    // A device leads out of the node that is hardware, built on that, or has a default route.
+    // Others are between this node and its pods or virtual machines. One that forwarded before
+    // we came took none with 1.
     let forwarded = |name: &str| {
         let key = format!("net/ipv6/conf/{name}/forwarding");
         let recorded = sysctls.first(&key);
@@ -129,19 +131,28 @@ pub(super) fn keep(sysctls: &Sysctls, machine: &Machine) -> Result<(), SysctlErr
             _ => "0".to_owned(),
         }) != "0"
     };
+    let was_off = was_off();
+    let routed = machine.routed();
     for name in devices(&sysctls.root) {
         let key = format!("net/ipv6/conf/{name}/accept_ra");
         if read(&key).trim() != "1" {
             continue;
         }
-        let took = || machine.leads_out(&name) && was_off() && !forwarded(&name);
+        let leads_out = || routed.contains(&*name) || machine.is_hardware(&name, DEPTH);
+        let took = || was_off && leads_out() && !forwarded(&name);
         if learnt.contains(name.as_str()) || took() {
             let value = "2";
-            sysctls.write(&key, value).map_err(|source| SysctlError {
-                path: sysctls.root.join(&key),
-                value,
-                source,
-            })?;
+            match sysctls.write(&key, value) {
+                // The device went.
+                Err(source) if source.kind() == io::ErrorKind::NotFound => {}
+                written => {
+                    written.map_err(|source| SysctlError {
+                        path: sysctls.root.join(&key),
+                        value,
+                        source,
+                    })?;
+                }
+            }
         }
     }
     Ok(())
