@@ -238,6 +238,57 @@ mod tests {
         assert_eq!(said(eth1), all);
     }
 
+    /// There is nobody else on the link of a lone address.
+    #[test]
+    fn a_lone_address_asks_for_no_neighbour_of_its_own_link() {
+        let mut alone = own("192.0.2.1", "eth0");
+        alone.link = "192.0.2.1/32".parse().unwrap();
+        let nat = SourceNat::new(&Policy::default(), Networks::default(), &[alone], None);
+        let asked: Vec<_> = nat.solicitors.iter().map(|row| row.asked).collect();
+        assert_eq!(asked, [None, None], "by its device, and any other");
+    }
+
+    #[test]
+    fn who_is_a_stranger_to_the_cluster() {
+        let network = |text: &str| text.parse::<IpNetwork>().unwrap();
+        let strangers = |detect_local, family| {
+            let policy = Policy {
+                detect_local,
+                cluster_cidrs: vec![network("10.244.0.0/16")],
+                ..Policy::default()
+            };
+            let networks = Networks {
+                node_pods: [network("fd00:1::/64")].into(),
+                ..Networks::default()
+            };
+            let nat = SourceNat::new(&policy, networks, &[], None);
+            nat.strangers(family).map(|who| format!("{who:?}"))
+        };
+        let outside = |text| Some(format!("{:?}", Strangers::OutsideOf(vec![network(text)])));
+        let (v4, v6) = (Family::IPv4, Family::IPv6);
+        for (detect_local, family, expected) in [
+            (None, v4, None),
+            (Some(DetectLocal::ClusterCidr), v4, outside("10.244.0.0/16")),
+            // Nothing is known of the other family: nobody is.
+            (Some(DetectLocal::ClusterCidr), v6, None),
+            (Some(DetectLocal::NodeCidr), v4, None),
+            (Some(DetectLocal::NodeCidr), v6, outside("fd00:1::/64")),
+            (
+                Some(DetectLocal::BridgeInterface("cni0".to_owned())),
+                v4,
+                Some(format!("{:?}", Strangers::NotThrough("cni0"))),
+            ),
+            (
+                Some(DetectLocal::InterfaceNamePrefix("fe".to_owned())),
+                v6,
+                Some(format!("{:?}", Strangers::NotThroughAny("fe"))),
+            ),
+        ] {
+            let asked = format!("{detect_local:?} {family}");
+            assert_eq!(strangers(detect_local, family), expected, "{asked}");
+        }
+    }
+
     #[test]
     fn the_node_objects_address_stands_for_the_node_if_the_machine_has_it() {
         let machine = [own("198.51.100.1", "eth1"), own("192.0.2.1", "eth0")];

@@ -19,7 +19,7 @@ use ferrule_model::kube::{
 };
 use ferrule_model::network::{Policy, outermost, parse_network};
 use ferrule_model::source_nat::OwnAddress;
-use ferrule_model::verdict::{Loss, Packet, Source, Verdict, verdict};
+use ferrule_model::verdict::{Loss, Packet, Source, Verdict, steps, verdict};
 use ferrule_model::view::NodeView;
 
 fn service() -> Service {
@@ -389,10 +389,10 @@ fn ranges_that_hold_the_vip_alone_admit_nobody() {
         device: Some("eth0"),
         target,
     };
-    assert_eq!(
-        verdict(view.desired(), &view.source_nat(), &packet),
-        Verdict::Dropped(Loss::NotAdmitted)
-    );
+    let nat = view.source_nat();
+    let refused = steps(view.desired(), &nat, &packet);
+    assert_eq!(refused.verdict, Verdict::Dropped(Loss::NotAdmitted));
+    assert_eq!(refused.service, None, "it does not come so far");
 }
 
 /// What is configured for one family says nothing of the other.
