@@ -17,9 +17,9 @@ use ferrule_model::kube::{
     NodeAddress, Object, PROXY_NAME_LABEL, SERVICE_NAME_LABEL, Service, ServicePort, ServiceType,
     WEIGHT_ANNOTATION,
 };
-use ferrule_model::network::{Policy, outermost, parse_network};
+use ferrule_model::network::{DetectLocal, Policy, outermost, parse_network};
 use ferrule_model::source_nat::OwnAddress;
-use ferrule_model::verdict::{Loss, Packet, Source, Verdict, steps, verdict};
+use ferrule_model::verdict::{Loss, Packet, Source, Verdict, Within, steps, verdict};
 use ferrule_model::view::NodeView;
 
 fn service() -> Service {
@@ -393,6 +393,45 @@ fn ranges_that_hold_the_vip_alone_admit_nobody() {
     let refused = steps(view.desired(), &nat, &packet);
     assert_eq!(refused.verdict, Verdict::Dropped(Loss::NotAdmitted));
     assert_eq!(refused.service, None, "it does not come so far");
+}
+
+#[test]
+fn clients_within_the_cluster_may_be_known_by_their_device() {
+    let within = |detect_local, source: &str, device| {
+        let policy = Policy {
+            detect_local: Some(detect_local),
+            cluster_cidrs: vec![parse_network("10.244.0.0/16").unwrap()],
+            ..Policy::default()
+        };
+        let view = NodeView::new("n0", policy);
+        let packet = Packet {
+            source: source.parse().unwrap(),
+            device: Some(device),
+            target: FrontendAddr::new("10.96.0.1".parse().unwrap(), 80, Protocol::Tcp),
+        };
+        steps(view.desired(), &view.source_nat(), &packet).within
+    };
+    let bridge = || DetectLocal::BridgeInterface("cni0".to_owned());
+    let prefix = || DetectLocal::InterfaceNamePrefix("veth".to_owned());
+    let (pod, other) = ("10.244.1.7", "198.51.100.7");
+    for (detect_local, source, device, expected) in [
+        (bridge(), other, "cni0", Some(Within::Device)),
+        (bridge(), other, "cni01", None),
+        (bridge(), other, "eth0", None),
+        (bridge(), pod, "eth0", Some(Within::PodNetwork)),
+        (prefix(), other, "veth12", Some(Within::Device)),
+        (prefix(), other, "eth0", None),
+        (DetectLocal::ClusterCidr, other, "cni0", None),
+        (
+            DetectLocal::ClusterCidr,
+            pod,
+            "cni0",
+            Some(Within::PodNetwork),
+        ),
+    ] {
+        let asked = format!("{detect_local:?} {source} {device}");
+        assert_eq!(within(detect_local, source, device), expected, "{asked}");
+    }
 }
 
 /// What is configured for one family says nothing of the other.
