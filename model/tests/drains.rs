@@ -76,7 +76,7 @@ fn slice<const N: usize>(endpoints: [Endpoint; N]) -> Object {
     Object::EndpointSlice(slice)
 }
 
-fn service() -> Object {
+fn service() -> Service {
     let mut service = Service::default();
     "web".clone_into(&mut service.metadata.name);
     service.spec.cluster_ips = vec![IpAddr::from(VIP).to_string()];
@@ -87,7 +87,16 @@ fn service() -> Object {
             ..ServicePort::default()
         })
         .into();
-    Object::Service(service)
+    service
+}
+
+/// Likewise, at an external address of which pods and this node are told apart.
+fn external_service() -> Service {
+    let mut service = service();
+    service.spec.service_type = ServiceType::LoadBalancer;
+    service.spec.external_ips = vec!["198.51.100.7".to_owned()];
+    "Local".clone_into(&mut service.spec.external_traffic_policy);
+    service
 }
 
 impl World {
@@ -102,7 +111,7 @@ impl World {
             kernel: Observed::default(),
             start: Instant::now(),
         };
-        world.tell(service());
+        world.tell(Object::Service(service()));
         world.tell(node("n1", &[]));
         world.list([
             endpoint("10.1.0.1", "n1", true, false),
@@ -428,9 +437,7 @@ fn a_node_that_is_in_no_complete_list_is_lost() {
 fn connections_of_clients_within_the_cluster_live_on() {
     const BALANCER: [u8; 4] = [198, 51, 100, 7];
     let mut world = World::new();
-    let Object::Service(mut service) = service() else {
-        unreachable!("it is one")
-    };
+    let mut service = service();
     service.spec.service_type = ServiceType::LoadBalancer;
     "Local".clone_into(&mut service.spec.external_traffic_policy);
     service.status.load_balancer.ingress = vec![LoadBalancerIngress {
@@ -503,13 +510,7 @@ fn connections_of_clients_within_the_cluster_live_on() {
 #[test]
 fn connections_of_clients_within_the_cluster_end_with_their_pod() {
     let mut world = World::new();
-    let Object::Service(mut service) = service() else {
-        unreachable!("it is one")
-    };
-    service.spec.service_type = ServiceType::LoadBalancer;
-    "Local".clone_into(&mut service.spec.external_traffic_policy);
-    service.spec.external_ips = vec!["198.51.100.7".to_owned()];
-    world.tell(Object::Service(service));
+    world.tell(Object::Service(external_service()));
     world.list([endpoint("10.1.0.1", "n1", false, true)]);
     world.ends(MINUTE, &["10.1.0.2"]);
     world.list([]);
@@ -525,14 +526,9 @@ fn connections_of_clients_within_the_cluster_end_with_their_pod() {
 #[test]
 fn connections_by_mark_end_where_another_service_gets_their_frontend() {
     let mut world = World::new();
-    let Object::Service(mut former) = service() else {
-        unreachable!("it is one")
-    };
-    former.spec.service_type = ServiceType::LoadBalancer;
-    former.spec.external_ips = vec!["198.51.100.7".to_owned()];
-    let mut next = former.clone();
-    "Local".clone_into(&mut former.spec.external_traffic_policy);
-    world.tell(Object::Service(former));
+    let mut next = external_service();
+    next.spec.external_traffic_policy.clear();
+    world.tell(Object::Service(external_service()));
     world.list([endpoint("10.1.0.1", "n1", false, false)]);
     assert_eq!(world.kernel.closed.len(), 1, "nobody leaves");
     // Its slices are said to be of the other one.
@@ -578,9 +574,7 @@ fn connections_end_where_a_health_check_is_asked_now() {
         address: "192.0.2.1".to_owned(),
     }];
     world.tell(Object::Node(here));
-    let Object::Service(mut former) = service() else {
-        unreachable!("it is one")
-    };
+    let mut former = service();
     let mut next = former.clone();
     former.spec.service_type = ServiceType::NodePort;
     former.spec.ports[0].node_port = 32_000;
@@ -630,7 +624,7 @@ fn what_a_former_agent_knew_counts() {
     ] {
         let mut world = World::new();
         world.view = NodeView::new("n0", Policy::default());
-        world.tell(service());
+        world.tell(Object::Service(service()));
         world.tell(node("n1", &["node.kubernetes.io/unreachable"]));
         let scope = everything(world.view.desired(), &world.kernel);
         world.follow(&scope);
