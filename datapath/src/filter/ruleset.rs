@@ -453,14 +453,22 @@ impl<'a> Ruleset<'a> {
                 &format!("{ip} daddr . meta l4proto . th dport @served{family} accept"),
                 "a health check of a load balancer",
             );
-            self.rule(
-                chain,
-                &format!(
-                    "ct direction reply {ip} saddr . meta l4proto . th sport \
-                     @frontends{family} accept"
+            for (set, why) in [
+                (
+                    "frontends",
+                    "answer of a service to this node, calling from the VIP",
                 ),
-                "answer of a service to this node, calling from the VIP",
-            );
+                ("served", "answer of a health check to it"),
+            ] {
+                self.rule(
+                    chain,
+                    &format!(
+                        "ct direction reply {ip} saddr . meta l4proto . th sport \
+                         @{set}{family} accept"
+                    ),
+                    why,
+                );
+            }
         }
         self.rule(
             chain,
